@@ -1,0 +1,160 @@
+"""Who carries out a recurrence: an ordered list of backends, one choice per call, a reason for every refusal.
+
+A choice can be asked (`explain`) and forced (`use`, or the environment variable `FESTINA_BACKEND`). A forced backend
+never falls back in silence.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from festina.reference import Call
+from festina.spec import LayerSpec
+
+if TYPE_CHECKING:
+    from festina.layers import RecurrentBase
+
+Outputs = tuple[Tensor, Tensor, Tensor | None]
+"""output [N, D·P], h_n [D, B, P], c_n [D, B, H] or None where the cell has no c."""
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and is unknown or cannot run the case."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a backend is chosen by: everything that is known before a number is seen."""
+
+    layer: LayerSpec
+    dtype: torch.dtype
+    device: str
+    hidden_size: int
+
+
+class Backend(Protocol):
+    """One way to carry out a `Call`; `festina/backends/eager.py` is the plainest example."""
+
+    name: str
+
+    def can_run(self, case: Case) -> str | None:
+        """None, or the reason why not, as a phrase."""
+
+    def forward(self, call: Call) -> Outputs:
+        """For inference: nothing is kept."""
+
+    def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
+        """The same numbers, and what `backward` needs besides the call and its outputs."""
+
+    def saved_like(self, call: Call) -> list[Tensor]:
+        """Tensors of the shapes and types of what `forward_train` keeps, whatever they hold; for shape propagation."""
+
+    def backward(
+        self,
+        call: Call,
+        outputs: Outputs,
+        saved: Sequence[Tensor],
+        d_outputs: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of input, h_0, c_0 (where there is one) and every parameter, those that are `wanted`.
+
+        `d_outputs` belong to output, h_n, c_n; None means zero. `saved` and the call are read, never written.
+        """
+
+
+def _listed() -> dict[str, Backend]:
+    """The backends, best first. A new one is a line here."""
+    from festina.backends.eager import EAGER
+
+    return {backend.name: backend for backend in (EAGER,)}
+
+
+_forced: str | None = os.environ.get("FESTINA_BACKEND") or None
+
+
+@lru_cache(maxsize=1)
+def registry() -> dict[str, Backend]:
+    """Every backend by name, best first."""
+    return _listed()
+
+
+def names() -> tuple[str, ...]:
+    """The names of the backends, best first."""
+    return tuple(registry())
+
+
+def get(name: str) -> Backend:
+    """The backend called `name`.
+
+    Raises:
+        BackendError: there is none of that name.
+    """
+    try:
+        return registry()[name]
+    except KeyError:
+        raise BackendError(f"there is no backend {name!r}; there are {', '.join(names())}") from None
+
+
+def reasons(case: Case) -> list[tuple[str, str | None]]:
+    """Each backend, best first, with None or the reason why it cannot run the case; the first None wins."""
+    return [(name, backend.can_run(case)) for name, backend in registry().items()]
+
+
+@lru_cache(maxsize=4096)
+def select(case: Case, force: str | None = None) -> str:
+    """The name of the backend that runs the case: the first that can, or `force` if it can.
+
+    Raises:
+        BackendError: `force` is unknown or cannot run the case.
+    """
+    if force is not None:
+        reason = get(force).can_run(case)
+        if reason is not None:
+            raise BackendError(f"backend {force!r} was asked for but cannot run this case: {reason}")
+        return force
+    return next(name for name, reason in reasons(case) if reason is None)
+
+
+def choose(case: Case) -> str:
+    """`select` under the choice that is in force: `use`, or `FESTINA_BACKEND`."""
+    return select(case, _forced)
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one backend inside a `with` block, in the whole process, as `torch.backends.cudnn.flags` does.
+
+    The backward pass uses the backend that its forward pass used.
+
+    Raises:
+        BackendError: there is no such backend; or, at the call of a layer, it cannot run that case.
+
+    >>> with use("eager"):
+    ...     pass
+    """
+    global _forced
+    get(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def explain(layer: RecurrentBase, input: Tensor) -> list[tuple[str, str | None]]:
+    """Each backend with None if it can run `layer` on `input`, else with the reason why not; the first None is chosen.
+
+    >>> import festina, torch
+    >>> explain(festina.LayerNormLSTM(3, 4), torch.zeros(5, 2, 3))[-1]
+    ('eager', None)
+    """
+    return reasons(Case(layer.spec, input.dtype, input.device.type, layer.hidden_size))

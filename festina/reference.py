@@ -1,0 +1,241 @@
+"""The equations, for people: one step a cell, one norm, one unroll. The oracle that every kernel is judged against.
+
+It runs on any device and in any dtype, through any transform, and is differentiated by autograd. Speed is not its
+business. In a low type (bfloat16, float16) products are made in that type, while norms, gates and c are float32; in
+float32 and float64 everything stays in the type of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from festina.norms import NormPlan
+from festina.spec import LayerSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of the recurrence: a whole layer, every direction, over packed steps. What every backend receives.
+
+    Packed means: rows sorted by length, the `batch_sizes[t]` active rows of step t one after the other, as in
+    `torch.nn.utils.rnn.PackedSequence`.
+
+    Args:
+        layer: what to compute.
+        input: `[N, I]`, the packed steps.
+        h_0: `[D, B, P]`.
+        c_0: `[D, B, H]` where the cell has a c, else None.
+        parameters: those of direction 0 in the order of `layer.parameter_names`, then those of direction 1.
+        batch_sizes: `[T]` int64 on the CPU, not increasing; None where every row runs to the end. A row that is never
+            active keeps its initial state.
+        resets: `[D, N]` bool: h and c are zeroed before that step, in the order of the direction; None for no reset.
+        zoneout_mask: `[D, N, P]` bool: True keeps the old h; None for the expectation at rate `zoneout`.
+        zoneout_cell_mask: `[D, N, H]` bool: True keeps the old c; None for the expectation at rate `zoneout_cell`.
+        zoneout: rate of Zoneout on h; it counts only where there is no mask.
+        zoneout_cell: rate of Zoneout on c; it counts only where there is no mask.
+    """
+
+    layer: LayerSpec
+    input: Tensor
+    h_0: Tensor
+    c_0: Tensor | None
+    parameters: tuple[Tensor, ...]
+    batch_sizes: Tensor | None = None
+    resets: Tensor | None = None
+    zoneout_mask: Tensor | None = None
+    zoneout_cell_mask: Tensor | None = None
+    zoneout: float = 0.0
+    zoneout_cell: float = 0.0
+
+    def tensors(self) -> list[Tensor]:
+        """What gradients are taken of: input, h_0, c_0 where there is one, and the parameters."""
+        return [self.input, self.h_0, *([] if self.c_0 is None else [self.c_0]), *self.parameters]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Call:
+        """The same call on other `tensors()`."""
+        input, h_0, *rest = tensors
+        c_0 = None if self.c_0 is None else rest.pop(0)
+        return replace(self, input=input, h_0=h_0, c_0=c_0, parameters=tuple(rest))
+
+    def sizes(self) -> list[int]:
+        """The number of active rows of each step."""
+        if self.batch_sizes is not None:
+            return [int(size) for size in self.batch_sizes.tolist()]
+        rows = self.h_0.shape[1]
+        return [rows] * (self.input.shape[0] // rows) if rows else []
+
+    def of_direction(self, d: int) -> dict[str, Tensor]:
+        """The parameters of direction `d` by name."""
+        names = self.layer.parameter_names
+        return dict(zip(names, self.parameters[d * len(names) : (d + 1) * len(names)], strict=True))
+
+
+State = tuple[Tensor, ...]
+PreActivations = tuple[Tensor, ...]
+
+
+def lstm_update(pre: PreActivations, state: State) -> Tensor:
+    """pre: [B, 4, H] from x and from h, or their one normalised sum, order i f g o; state: (h [B, P], c [B, H]). To c."""
+    a = sum(pre)
+    i, f = torch.sigmoid(a[:, :2]).unbind(1)
+    return f * state[1] + i * torch.tanh(a[:, 2])
+
+
+def lstm_emit(pre: PreActivations, c: Tensor) -> Tensor:
+    """From c, normalised or not, to h [B, H]."""
+    a = sum(pre)
+    return torch.sigmoid(a[:, 3]) * torch.tanh(c)
+
+
+def gru_step(pre: PreActivations, state: State) -> Tensor:
+    """pre: [B, 3, H] from x and from h, order r z n; state: (h [B, H],).
+
+    Reset gate after the recurrent product, so one product serves all three gates (Cho et al. 2014, v1; cuDNN).
+    """
+    x, h = pre
+    r, z = torch.sigmoid(x[:, :2] + h[:, :2]).unbind(1)
+    n = torch.tanh(x[:, 2] + r * h[:, 2])
+    return z * state[0] + (1 - z) * n
+
+
+def gru_joint_step(pre: PreActivations, state: State) -> Tensor:
+    """pre: the one normalised sum [B, 3, H], order r z n; state: (h [B, H],). The GRU of DreamerV2 and V3.
+
+    The reset gate multiplies the whole candidate, its x part too. z opens for the new state, shifted by −1, where the
+    z of `gru_step` keeps the old one.
+    """
+    (a,) = pre
+    r, z, n = a.unbind(1)
+    n = torch.tanh(torch.sigmoid(r) * n)
+    z = torch.sigmoid(z - 1)
+    return z * n + (1 - z) * state[0]
+
+
+def indrnn_step(activation: Callable[[Tensor], Tensor], pre: PreActivations, state: State) -> Tensor:
+    """pre: [B, 1, H] from x, and u ⊙ h; state: (h [B, H],)."""
+    x, h = pre
+    return activation(x[:, 0] + h[:, 0])
+
+
+STEPS: dict[str, Callable[[PreActivations, State], Tensor]] = {
+    "gru": gru_step,
+    "gru_joint": gru_joint_step,
+    "indrnn": partial(indrnn_step, torch.tanh),
+    "indrnn_relu": partial(indrnn_step, torch.relu),
+}
+"""Steps of the cells that carry h alone."""
+
+HALVES: dict[str, tuple[Callable[[PreActivations, State], Tensor], Callable[[PreActivations, Tensor], Tensor]]] = {
+    "lstm": (lstm_update, lstm_emit),
+}
+"""Steps of the cells with an inner state: to c, and from c to h. The norm on c sits between them."""
+
+
+def wide(v: Tensor) -> Tensor:
+    """`v` in float32 or wider: the type of norms, gates and c."""
+    return v.to(torch.promote_types(v.dtype, torch.float32))
+
+
+def normalize(v: Tensor, plan: NormPlan, gain: Tensor, shift: Tensor | None = None) -> Tensor:
+    """N(v; gain) + shift for v [..., gates, H], group by group as the plan says; see `NormPlan` for N."""
+    groups = []
+    for first, end in plan.spans(v.shape[-2]):
+        group = wide(v[..., first:end, :])
+        if plan.kind == "layer":
+            group = group - group.mean((-2, -1), keepdim=True)
+        groups.append(group * torch.rsqrt(group.square().mean((-2, -1), keepdim=True) + plan.eps))
+    normed = torch.cat(groups, -2) * gain.view(v.shape[-2:])
+    return normed if shift is None else normed + shift.view(v.shape[-2:])
+
+
+def norm_c(c: Tensor, plan: NormPlan, p: dict[str, Tensor]) -> Tensor:
+    """The norm on c: N(c; gain_c) + bias_c over the H values of a row, all one group."""
+    whole = NormPlan("separate", kind=plan.kind, eps=plan.eps)
+    return normalize(c.unsqueeze(-2), whole, p["gain_c"], p.get("bias_c")).squeeze(-2)
+
+
+def step(layer: LayerSpec, x: Tensor, state: State, p: dict[str, Tensor]) -> State:
+    """One step of one direction: x [B, G, H], this step's part of `project`; to (h [B, P], [c]) before Zoneout."""
+    plan, gates = layer.plan, len(layer.cell.gates)
+    h = state[0]
+    product = h * p["weight_hh"] if layer.cell.diagonal else F.linear(h, p["weight_hh"])
+    product = product.view(x.shape[0], gates, -1)
+    pre: PreActivations
+    if plan.placement == "joint":
+        pre = (normalize(x + product, plan, p["gain"], p.get("bias")),)
+    elif "gain_hh" in p:
+        pre = (x, normalize(product, plan, p["gain_hh"], p.get("bias_hh")))
+    elif "bias_hh" in p:
+        pre = (x, wide(product) + p["bias_hh"].view(gates, -1))
+    else:
+        pre = (x, wide(product))
+
+    if "c" in layer.cell.states:
+        update, emit = HALVES[layer.step]
+        c = update(pre, state)
+        seen = c if plan.cell == "none" else norm_c(c, plan, p)
+        new: State = (emit(pre, seen).to(h.dtype), seen if plan.cell == "carried" else c)
+    else:
+        new = (STEPS[layer.step](pre, state).to(h.dtype),)
+    return (F.linear(new[0], p["weight_hr"]), *new[1:]) if layer.projected else new
+
+
+def project(layer: LayerSpec, input: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """What x contributes to every step at once: [N, I] to [N, G, H], normalised and shifted unless the norm is joint."""
+    gates = len(layer.cell.gates)
+    x = wide(F.linear(input, p["weight_ih"], p.get("bias_inner"))).view(input.shape[0], gates, -1)
+    if "gain_ih" in p:
+        return normalize(x, layer.plan, p["gain_ih"], p.get("bias_ih"))
+    return x + p["bias_ih"].view(gates, -1) if "bias_ih" in p else x
+
+
+def zoneout(old: Tensor, new: Tensor, mask: Tensor | None, rate: float) -> Tensor:
+    """Where the mask is True, or by the expectation at `rate`, the old value stays (Krueger et al. 2016)."""
+    if mask is not None:
+        return torch.where(mask, old, new)
+    return rate * old + (1 - rate) * new if rate else new
+
+
+def unroll(call: Call, d: int) -> tuple[Tensor, State]:
+    """Direction `d` of a call: output [N, P], and every row's own last state.
+
+    Direction 1 takes the steps from the last to the first; a row joins at its own end. Rows that are not active keep
+    their state, which serves finished rows and rows yet to begin alike.
+    """
+    p, sizes = call.of_direction(d), call.sizes()
+    x = project(call.layer, call.input, p)
+    state: State = (call.h_0[d],) if call.c_0 is None else (call.h_0[d], wide(call.c_0[d]))
+    rates = (call.zoneout, call.zoneout_cell)
+    masks = (call.zoneout_mask, call.zoneout_cell_mask)
+
+    starts = [0]
+    for rows in sizes:
+        starts.append(starts[-1] + rows)
+    outputs: list[Tensor] = [call.input.new_zeros(0, call.h_0.shape[2])] * len(sizes)
+    for t in range(len(sizes)) if d == 0 else reversed(range(len(sizes))):
+        rows, here = sizes[t], slice(starts[t], starts[t + 1])
+        old = tuple(s[:rows] for s in state)
+        if call.resets is not None:
+            old = tuple(torch.where(call.resets[d, here, None], torch.zeros_like(s), s) for s in old)
+        new = step(call.layer, x[here], old, p)
+        new = tuple(
+            zoneout(was, now, None if mask is None else mask[d, here], rate)
+            for was, now, mask, rate in zip(old, new, masks, rates)
+        )
+        outputs[t] = new[0]
+        state = tuple(torch.cat([now, s[rows:]]) for now, s in zip(new, state, strict=True))
+    output = torch.cat(outputs) if outputs else call.input.new_zeros(0, call.h_0.shape[2])
+    return output, state
+
+
+def run(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The whole call: output [N, D·P], h_n [D, B, P] and c_n [D, B, H] (None where the cell has no c)."""
+    outputs, states = zip(*(unroll(call, d) for d in range(call.layer.directions)))
+    h_n, *c_n = (torch.stack(values) for values in zip(*states))
+    return torch.cat(outputs, 1), h_n, c_n[0].to(call.input.dtype) if c_n else None

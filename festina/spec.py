@@ -1,0 +1,180 @@
+"""What a cell is: its gates, its states, its parameters. Nothing here computes; everything else asks here.
+
+Sizes, everywhere: `T` steps, `B` batch, `I` input_size, `H` hidden_size, `G` gates, `P` what h is wide (proj_size, or H),
+`D` directions, `L` layers, `N` valid steps of all rows together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from festina.norms import NONE, NormPlan
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """One cell: the facts that parameters, reference, kernels, tests and docs derive everything from.
+
+    Args:
+        name: what the cell is called in tables and tokens.
+        gates: the blocks of `weight_ih`, in `torch.nn`'s order.
+        states: what is carried from step to step, h first.
+        steps: the placements this cell admits, each with the name of the step function that serves it. A step sees two
+            pre-activations (from x and from h), or the one normalised sum where the placement is `joint`.
+        groups: the `NormPlan.groups` this cell admits.
+        diagonal: the recurrent weight is a vector, `u ⊙ h`: no recurrent bias, no recurrent norm.
+        projects: the cell can project h (`proj_size`).
+    """
+
+    name: str
+    gates: tuple[str, ...]
+    states: tuple[str, ...]
+    steps: Mapping[str, str]
+    groups: tuple[str, ...] = ("all", "gate")
+    diagonal: bool = False
+    projects: bool = False
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def rows(self, gate: str, hidden_size: int) -> slice:
+        """The rows of `gate` in a `[G·H, ...]` parameter.
+
+        >>> LSTM.rows("f", 8)
+        slice(8, 16, None)
+        """
+        start = self.gates.index(gate) * hidden_size
+        return slice(start, start + hidden_size)
+
+    def fit(self, plan: NormPlan) -> NormPlan:
+        """The plan as this cell carries it out; a cell without c has no norm on c.
+
+        Raises:
+            ValueError: the cell has no such placement or grouping.
+        """
+        if plan.placement not in self.steps:
+            raise ValueError(
+                f"the norm plan {plan} does not fit the {self.name} cell: placement must be one of "
+                f"{', '.join(map(repr, self.steps))}, got {plan.placement!r}"
+            )
+        if plan.groups not in self.groups:
+            raise ValueError(
+                f"the norm plan {plan} does not fit the {self.name} cell: groups must be one of "
+                f"{', '.join(map(repr, self.groups))}, got {plan.groups!r}"
+            )
+        return plan if "c" in self.states else replace(plan, cell="none")
+
+
+LSTM = CellSpec(
+    "lstm",
+    gates=("i", "f", "g", "o"),
+    states=("h", "c"),
+    steps={"none": "lstm", "separate": "lstm", "joint": "lstm"},
+    projects=True,
+)
+GRU = CellSpec(
+    "gru",
+    gates=("r", "z", "n"),
+    states=("h",),
+    steps={"none": "gru", "separate": "gru", "joint": "gru_joint"},
+    groups=("all", "gate", "gates|candidate"),
+)
+INDRNN = CellSpec(
+    "indrnn",
+    gates=("h",),
+    states=("h",),
+    steps={"none": "indrnn", "separate": "indrnn"},
+    diagonal=True,
+)
+INDRNN_RELU = replace(INDRNN, name="indrnn_relu", steps={"none": "indrnn_relu", "separate": "indrnn_relu"})
+
+CELLS: dict[str, CellSpec] = {spec.name: spec for spec in (LSTM, GRU, INDRNN, INDRNN_RELU)}
+"""Every cell by name: the list that tests, benchmarks and kernels go through."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer: a cell, a norm plan that fits it, and which parameters there are. It travels through operators as `token`.
+
+    Args:
+        cell: the cell.
+        plan: where its norms sit.
+        bias: biases and the shifts of norms exist.
+        projected: h is projected by `weight_hr`.
+        directions: 1, or 2 for a bidirectional layer; the second runs from the last step to the first.
+    """
+
+    cell: CellSpec
+    plan: NormPlan = NONE
+    bias: bool = True
+    projected: bool = False
+    directions: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", self.cell.fit(self.plan))
+
+    def parameter_shapes(self, I: int, H: int, P: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter of one direction, `torch.nn`'s first and in its order.
+
+        >>> list(LayerSpec(GRU).parameter_shapes(3, 5, 5).items())
+        [('weight_ih', (15, 3)), ('weight_hh', (15, 5)), ('bias_ih', (15,)), ('bias_hh', (15,))]
+        """
+        G = len(self.cell.gates)
+        joint = self.plan.placement == "joint"
+        separate = self.plan.placement == "separate"
+        matrix = not self.cell.diagonal
+        table: list[tuple[str, tuple[int, ...], bool]] = [
+            ("weight_ih", (G * H, I), True),
+            ("weight_hh", (G * H, P) if matrix else (H,), True),
+            ("bias_ih", (G * H,), self.bias and not joint),
+            ("bias_hh", (G * H,), self.bias and not joint and matrix),
+            ("weight_hr", (P, H), self.projected),
+            ("gain_ih", (G * H,), separate),
+            ("gain_hh", (G * H,), separate and matrix),
+            ("gain", (G * H,), joint),
+            ("bias", (G * H,), joint and self.bias),
+            ("bias_inner", (G * H,), self.plan.inner_bias and self.bias),
+            ("gain_c", (H,), self.plan.cell != "none"),
+            ("bias_c", (H,), self.plan.cell != "none" and self.bias),
+        ]
+        return {name: shape for name, shape, present in table if present}
+
+    @cached_property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The names of `parameter_shapes`, in order."""
+        return tuple(self.parameter_shapes(1, 1, 1))
+
+    @cached_property
+    def shift(self) -> str | None:
+        """The parameter that is added to the pre-activations last on the input side: where a forget bias is put."""
+        return next((name for name in ("bias_ih", "bias") if name in self.parameter_names), None)
+
+    @property
+    def step(self) -> str:
+        """The name of the step function that serves this layer."""
+        return self.cell.steps[self.plan.placement]
+
+    @cached_property
+    def token(self) -> str:
+        """The layer as one string, for operators; `LayerSpec.parse` gives it back."""
+        return json.dumps(
+            {
+                "cell": self.cell.name,
+                "plan": self.plan.to_dict(),
+                "bias": self.bias,
+                "projected": self.projected,
+                "directions": self.directions,
+            }
+        )
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def parse(token: str) -> LayerSpec:
+        """The layer that a `token` stands for."""
+        fields = json.loads(token)
+        return LayerSpec(
+            **{**fields, "cell": CELLS[fields["cell"]], "plan": NormPlan(**fields["plan"])},
+        )
