@@ -53,9 +53,14 @@ class Call:
     zoneout: float = 0.0
     zoneout_cell: float = 0.0
 
+    @property
+    def state(self) -> list[Tensor]:
+        """The initial states there are: h_0, and c_0 where the cell has a c."""
+        return [self.h_0] if self.c_0 is None else [self.h_0, self.c_0]
+
     def tensors(self) -> list[Tensor]:
-        """What gradients are taken of: input, h_0, c_0 where there is one, and the parameters."""
-        return [self.input, self.h_0, *([] if self.c_0 is None else [self.c_0]), *self.parameters]
+        """What gradients are taken of: input, initial states, parameters."""
+        return [self.input, *self.state, *self.parameters]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Call:
         """The same call on other `tensors()`."""
@@ -80,16 +85,21 @@ State = tuple[Tensor, ...]
 PreActivations = tuple[Tensor, ...]
 
 
+def total(pre: PreActivations) -> Tensor:
+    """The sum of what x and h contribute, for cells that do not tell them apart."""
+    return pre[0] if len(pre) == 1 else pre[0] + pre[1]
+
+
 def lstm_update(pre: PreActivations, state: State) -> Tensor:
     """pre: [B, 4, H] from x and from h, or their one normalised sum, order i f g o; state: (h [B, P], c [B, H]). To c."""
-    a = sum(pre)
+    a = total(pre)
     i, f = torch.sigmoid(a[:, :2]).unbind(1)
     return f * state[1] + i * torch.tanh(a[:, 2])
 
 
 def lstm_emit(pre: PreActivations, c: Tensor) -> Tensor:
     """From c, normalised or not, to h [B, H]."""
-    a = sum(pre)
+    a = total(pre)
     return torch.sigmoid(a[:, 3]) * torch.tanh(c)
 
 
@@ -165,7 +175,7 @@ def step(layer: LayerSpec, x: Tensor, state: State, p: dict[str, Tensor]) -> Sta
     plan, gates = layer.plan, len(layer.cell.gates)
     h = state[0]
     product = h * p["weight_hh"] if layer.cell.diagonal else F.linear(h, p["weight_hh"])
-    product = product.view(x.shape[0], gates, -1)
+    product = product.view(x.shape)
     pre: PreActivations
     if plan.placement == "joint":
         pre = (normalize(x + product, plan, p["gain"], p.get("bias")),)
@@ -189,7 +199,8 @@ def step(layer: LayerSpec, x: Tensor, state: State, p: dict[str, Tensor]) -> Sta
 def project(layer: LayerSpec, input: Tensor, p: dict[str, Tensor]) -> Tensor:
     """What x contributes to every step at once: [N, I] to [N, G, H], normalised and shifted unless the norm is joint."""
     gates = len(layer.cell.gates)
-    x = wide(F.linear(input, p["weight_ih"], p.get("bias_inner"))).view(input.shape[0], gates, -1)
+    H = p["weight_ih"].shape[0] // gates
+    x = wide(F.linear(input, p["weight_ih"], p.get("bias_inner"))).view(-1, gates, H)
     if "gain_ih" in p:
         return normalize(x, layer.plan, p["gain_ih"], p.get("bias_ih"))
     return x + p["bias_ih"].view(gates, -1) if "bias_ih" in p else x

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 from festina.norms import NONE, NormPlan
 
@@ -148,6 +148,12 @@ class LayerSpec:
         return tuple(self.parameter_shapes(1, 1, 1))
 
     @cached_property
+    def norm_shifts(self) -> frozenset[str]:
+        """The parameters that are added right after a norm."""
+        products = {"none": (), "separate": ("bias_ih", "bias_hh"), "joint": ("bias",)}[self.plan.placement]
+        return frozenset((*products, "bias_c")) & frozenset(self.parameter_names)
+
+    @cached_property
     def shift(self) -> str | None:
         """The parameter that is added to the pre-activations last on the input side: where a forget bias is put."""
         return next((name for name in ("bias_ih", "bias") if name in self.parameter_names), None)
@@ -171,7 +177,7 @@ class LayerSpec:
         )
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def parse(token: str) -> LayerSpec:
         """The layer that a `token` stands for."""
         fields = json.loads(token)

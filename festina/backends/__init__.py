@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from festina.reference import Call
 from festina.spec import LayerSpec
 
 if TYPE_CHECKING:
-    from festina.layers import RecurrentBase
+    from festina.module import RecurrentBase
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 """output [N, D·P], h_n [D, B, P], c_n [D, B, H] or None where the cell has no c."""
@@ -37,7 +37,11 @@ class Case:
     layer: LayerSpec
     dtype: torch.dtype
     device: str
-    hidden_size: int
+
+    @classmethod
+    def of(cls, call: Call) -> Case:
+        """The case of a call."""
+        return cls(call.layer, call.input.dtype, call.input.device.type)
 
 
 class Backend(Protocol):
@@ -71,20 +75,16 @@ class Backend(Protocol):
         """
 
 
-def _listed() -> dict[str, Backend]:
-    """The backends, best first. A new one is a line here."""
+_forced = os.environ.get("FESTINA_BACKEND", "")
+
+
+@cache
+def registry() -> dict[str, Backend]:
+    """Every backend by name, best first. A new one is a line here."""
     from festina.backends.eager import EAGER
 
-    return {backend.name: backend for backend in (EAGER,)}
-
-
-_forced: str | None = os.environ.get("FESTINA_BACKEND") or None
-
-
-@lru_cache(maxsize=1)
-def registry() -> dict[str, Backend]:
-    """Every backend by name, best first."""
-    return _listed()
+    listed: tuple[Backend, ...] = (EAGER,)
+    return {backend.name: backend for backend in listed}
 
 
 def names() -> tuple[str, ...]:
@@ -110,13 +110,13 @@ def reasons(case: Case) -> list[tuple[str, str | None]]:
 
 
 @lru_cache(maxsize=4096)
-def select(case: Case, force: str | None = None) -> str:
+def select(case: Case, force: str = "") -> str:
     """The name of the backend that runs the case: the first that can, or `force` if it can.
 
     Raises:
         BackendError: `force` is unknown or cannot run the case.
     """
-    if force is not None:
+    if force:
         reason = get(force).can_run(case)
         if reason is not None:
             raise BackendError(f"backend {force!r} was asked for but cannot run this case: {reason}")
@@ -124,9 +124,9 @@ def select(case: Case, force: str | None = None) -> str:
     return next(name for name, reason in reasons(case) if reason is None)
 
 
-def choose(case: Case) -> str:
-    """`select` under the choice that is in force: `use`, or `FESTINA_BACKEND`."""
-    return select(case, _forced)
+def forced() -> str:
+    """The backend that `use` or `FESTINA_BACKEND` forces, or "" where the best one that can run a case is taken."""
+    return _forced
 
 
 @contextmanager
@@ -157,4 +157,4 @@ def explain(layer: RecurrentBase, input: Tensor) -> list[tuple[str, str | None]]
     >>> explain(festina.LayerNormLSTM(3, 4), torch.zeros(5, 2, 3))[-1]
     ('eager', None)
     """
-    return reasons(Case(layer.spec, input.dtype, input.device.type, layer.hidden_size))
+    return reasons(Case(layer.spec, input.dtype, input.device.type))

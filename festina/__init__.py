@@ -1,0 +1,27 @@
+"""Festina: layer-normalised LSTM, GRU and IndRNN for PyTorch that cost no more time than the plain ones."""
+
+from festina import backends, functional, norms
+from festina.cells import GRUCell, IndRNNCell, LayerNormGRUCell, LayerNormIndRNNCell, LayerNormLSTMCell, LSTMCell
+from festina.layers import GRU, LSTM, IndRNN, LayerNormGRU, LayerNormIndRNN, LayerNormLSTM
+from festina.norms import NormPlan
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "GRUCell",
+    "IndRNN",
+    "IndRNNCell",
+    "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormGRUCell",
+    "LayerNormIndRNN",
+    "LayerNormIndRNNCell",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
+    "NormPlan",
+    "backends",
+    "functional",
+    "norms",
+]

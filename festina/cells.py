@@ -1,0 +1,185 @@
+"""The cells: one step of a layer, with its parameters and its numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from festina import functional, norms, spec
+from festina.module import RecurrentBase
+from festina.norms import NormPlan
+from festina.packing import check_resets
+
+if TYPE_CHECKING:
+    from festina.layers import Recurrent
+
+
+class Cell(RecurrentBase):
+    """One step of a recurrent layer: the signature, shapes and state-dict keys of `torch.nn.LSTMCell` and `GRUCell`.
+
+    Args:
+        input_size: I, features of x.
+        hidden_size: H, features of the state.
+        bias: False leaves out every bias and every norm's shift.
+        device, dtype: of the parameters.
+        proj_size, norm, zoneout, zoneout_cell, dropconnect, forget_bias: as in the layer. In training the masks of Zoneout
+            and DropConnect are drawn anew at every step.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or range, or the plan does not fit the cell.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        proj_size: int = 0,
+        norm: NormPlan | None = None,
+        zoneout: float = 0.0,
+        zoneout_cell: float = 0.0,
+        dropconnect: float = 0.0,
+        forget_bias: float | None = None,
+    ) -> None:
+        plan = self.default_norm if norm is None else norm
+        super().__init__(
+            input_size,
+            hidden_size,
+            proj_size,
+            spec.LayerSpec(self.cell_spec, plan, bias, proj_size > 0),
+            [[""]],
+            zoneout,
+            zoneout_cell,
+            dropconnect,
+            forget_bias,
+            device,
+            dtype,
+        )
+
+    @classmethod
+    def sharing(cls, layer: Recurrent, index: int, reverse: bool) -> Cell:
+        """The cell of one direction of layer `index`, on the same parameters; users call `layer.cell`."""
+        spec, D = layer.spec, layer.spec.directions
+        cell = cls(
+            layer.output_size * D if index else layer.input_size,
+            layer.hidden_size,
+            layer.bias,
+            device="meta",
+            proj_size=layer.proj_size,
+            norm=layer.norm,
+            zoneout=layer.zoneout,
+            zoneout_cell=layer.zoneout_cell,
+            dropconnect=layer.dropconnect,
+            **layer.cell_options(),
+        )
+        of_direction = layer.layer_parameters(index)[len(spec.parameter_names) * reverse :]
+        for name, parameter in zip(spec.parameter_names, of_direction):
+            if not isinstance(parameter, nn.Parameter):
+                raise TypeError(
+                    f"{name} of layer {index} is computed by a parametrization and cannot be shared; remove it "
+                    "(torch.nn.utils.parametrize.remove_parametrizations), or call the layer itself with T = 1"
+                )
+            setattr(cell, name, parameter)
+        return cell.train(layer.training)
+
+    def forward(self, input: Tensor, hx: Any = None, *, resets: Tensor | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            input: `[B, I]`, or `[I]` for one row.
+            hx: h `[B, P]`, for the LSTM (h, c `[B, H]`); without B for one row; None: zeros.
+            resets: `[B]` bool, `[]` for one row: the row's state is zeroed before the step.
+
+        Returns:
+            The new h, for the LSTM (h, c), shaped as `hx`.
+
+        Raises:
+            TypeError, ValueError: an argument is of a wrong type, shape, dtype, device or range.
+        """
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+        if input.dim() not in (1, 2):
+            raise ValueError(f"input must be 2-D, [B, I], or 1-D, [I], got {input.dim()}-D {list(input.shape)}")
+        is_batched = input.dim() == 2
+        steps = input if is_batched else input.unsqueeze(0)
+        B = steps.shape[0]
+        functional.check_input(steps, self.input_size, self.layer_parameters()[0])
+        axes = {"B": B} if is_batched else {}
+        state = functional.initial_state(self.spec.cell, hx, axes, (1, B), (self.output_size, self.hidden_size), steps)
+        if resets is not None:
+            check_resets(resets, tuple(axes.values()), "[B]" if is_batched else "[]", input.device)
+            resets = resets.reshape(1, B)
+        _, h, c = functional.recurrence(self._call(0, steps, state, resets=resets))
+        row = 0 if is_batched else (0, 0)
+        return h[row] if c is None else (h[row], c[row])
+
+
+class LSTMCell(Cell):
+    """One step of `festina.LSTM`; `torch.nn.LSTMCell` with norms, Zoneout, projection and resets.
+
+    >>> h, c = LSTMCell(3, 5)(torch.zeros(2, 3))
+    >>> h.shape
+    torch.Size([2, 5])
+    """
+
+    cell_spec = spec.LSTM
+
+
+class LayerNormLSTMCell(LSTMCell):
+    """One step of `festina.LayerNormLSTM`.
+
+    >>> cell = LayerNormLSTMCell(3, 5)
+    >>> state = None
+    >>> for x in torch.randn(4, 2, 3):
+    ...     state = cell(x, state)
+    """
+
+    default_norm = norms.HASTE
+    default_forget_bias = 1.0
+
+
+class GRUCell(Cell):
+    """One step of `festina.GRU`; `torch.nn.GRUCell` with norms, Zoneout and resets.
+
+    >>> GRUCell(3, 5)(torch.zeros(2, 3)).shape
+    torch.Size([2, 5])
+    """
+
+    cell_spec = spec.GRU
+
+
+class LayerNormGRUCell(GRUCell):
+    """One step of `festina.LayerNormGRU`; `norm=norms.SHEEPRL` is sheeprl's cell of this name."""
+
+    default_norm = norms.HASTE
+
+
+class IndRNNCell(Cell):
+    """One step of `festina.IndRNN`, `nonlinearity` `tanh` or `relu`."""
+
+    def __init__(self, *args: Any, nonlinearity: str = "tanh", **kwargs: Any) -> None:
+        self.cell_spec = indrnn_spec(nonlinearity)
+        super().__init__(*args, **kwargs)
+
+
+class LayerNormIndRNNCell(IndRNNCell):
+    """One step of `festina.LayerNormIndRNN`."""
+
+    default_norm = norms.HASTE
+
+
+def indrnn_spec(nonlinearity: str) -> spec.CellSpec:
+    """The IndRNN cell with this activation.
+
+    Raises:
+        ValueError: there is none.
+    """
+    specs = {"tanh": spec.INDRNN, "relu": spec.INDRNN_RELU}
+    if nonlinearity not in specs:
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    return specs[nonlinearity]

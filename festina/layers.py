@@ -1,0 +1,279 @@
+"""The layers: `LSTM`, `GRU`, `IndRNN` and their layer-normalised siblings, drop-in for `torch.nn`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from festina import cells, functional, norms, spec
+from festina.module import RecurrentBase
+from festina.norms import NormPlan
+from festina.packing import Lengths, pack
+
+
+class Recurrent(RecurrentBase):
+    """A stack of recurrent layers over time: the signature, shapes and state-dict keys of `torch.nn.LSTM` and `GRU`.
+
+    Args:
+        input_size: I, features of x.
+        hidden_size: H, features of the state.
+        num_layers: L, layers on top of each other.
+        bias: False leaves out every bias and every norm's shift.
+        batch_first: input, output and resets are `[B, T, ...]`; states are not.
+        dropout: rate of dropout on the output of every layer but the last, in training.
+        bidirectional: a second direction runs from each row's end; the outputs stand side by side.
+        proj_size: P, project h to this many features (LSTM only; 0: no projection).
+        device, dtype: of the parameters.
+        norm: where the norms sit, a plan of `festina.norms`; None: the class's own.
+        zoneout: rate at which h keeps its old value (Krueger et al. 2016): by a mask for each step and unit in training, by
+            the expectation otherwise.
+        zoneout_cell: the same for the LSTM's c.
+        dropconnect: rate of dropout on `weight_hh` (Wan et al. 2013; Merity et al. 2017), one mask a forward call, in training.
+        forget_bias: added to the initial shift of the LSTM's forget gate; None: the class's own.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or range, or the plan does not fit the cell.
+    """
+
+    cell_class: ClassVar[type[cells.Cell]]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: NormPlan | None = None,
+        zoneout: float = 0.0,
+        zoneout_cell: float = 0.0,
+        dropconnect: float = 0.0,
+        forget_bias: float | None = None,
+    ) -> None:
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int):
+            raise TypeError(f"num_layers must be an int, got {type(num_layers).__name__}")
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        functional.check_rates(dropout=dropout)
+        if dropout and num_layers == 1:
+            warnings.warn(f"dropout={dropout} acts between layers, and there is only one layer", stacklevel=2)
+        plan = self.default_norm if norm is None else norm
+        ends = ["", "_reverse"] if bidirectional else [""]
+        super().__init__(
+            input_size,
+            hidden_size,
+            proj_size,
+            spec.LayerSpec(self.cell_spec, plan, bias, proj_size > 0, len(ends)),
+            [[f"_l{layer}{end}" for end in ends] for layer in range(num_layers)],
+            zoneout,
+            zoneout_cell,
+            dropconnect,
+            forget_bias,
+            device,
+            dtype,
+        )
+        self.num_layers = num_layers
+        self.batch_first = batch_first
+        self.dropout = dropout
+        self.bidirectional = bidirectional
+
+    def _repr_defaults(self) -> dict[str, Any]:
+        return {"num_layers": 1, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters of every layer and direction, as in `torch.nn.LSTM`."""
+        size = len(self.spec.parameter_names)
+        return [
+            [getattr(self, name) for name in names[at : at + size]]
+            for names in self._names
+            for at in range(0, len(names), size)
+        ]
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: parameters need not share one block of memory. Here so that code for `torch.nn` runs."""
+
+    def cell(self, layer: int = 0, *, reverse: bool = False) -> cells.Cell:
+        """The cell of one layer (of its reverse direction): it shares the layer's parameters, and taking it step by step
+        gives the layer's numbers.
+
+        Raises:
+            IndexError: there is no such layer or direction.
+        """
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer must lie in [0, {self.num_layers}), got {layer}")
+        if reverse and not self.bidirectional:
+            raise IndexError("reverse=True asks for the reverse direction, but the layer is not bidirectional")
+        return self.cell_class.sharing(self, layer, reverse)
+
+    def cell_options(self) -> dict[str, Any]:
+        """What the constructor of this layer's cell wants beyond what every cell wants."""
+        return {}
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Lengths | None = None,
+        resets: Tensor | None = None,
+    ) -> tuple[Any, Any]:
+        """Run over a sequence.
+
+        Args:
+            input: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, or a `PackedSequence`.
+            hx: h_0 `[L·D, B, P]`, for the LSTM (h_0, c_0 `[L·D, B, H]`); without B for one row; None: zeros.
+            lengths: `[B]`, the steps of each row, in any order, 0 allowed, a list or a tensor on the CPU. What lies past
+                them is never read, and the output there is 0.
+            resets: `[T, B]` bool (`[B, T]` under batch_first, `[T]` for one row): the row starts anew at that step. The state
+                is zeroed between steps t − 1 and t, in either direction: one call does what a call for each part would.
+
+        Returns:
+            output `[T, B, D·P]`, or `[B, T, D·P]`, `[T, D·P]`, a `PackedSequence`, as the input was; and h_n `[L·D, B, P]`, for
+            the LSTM (h_n, c_n `[L·D, B, H]`): each row's own last state, for the reverse direction the one at its first step.
+
+        Raises:
+            TypeError, ValueError: an argument is of a wrong type, shape, dtype, device or range.
+        """
+        D = self.spec.directions
+        steps, packing = pack(input, D, self.batch_first, lengths, resets)
+        functional.check_input(steps, self.input_size, getattr(self, self._names[0][0]))
+        state = functional.initial_state(
+            self.spec.cell,
+            hx,
+            packing.state_axes({"num_layers * num_directions": self.num_layers * D}),
+            (self.num_layers * D, packing.B),
+            (self.output_size, self.hidden_size),
+            steps,
+        )
+        state = [packing.pack_state(s) for s in state]
+        finals: list[list[Tensor]] = [[] for _ in state]
+        for layer in range(self.num_layers):
+            if layer and self.dropout:
+                steps = F.dropout(steps, self.dropout, self.training)
+            here = [s[layer * D : (layer + 1) * D] for s in state] if self.num_layers > 1 else state
+            steps, *last = functional.recurrence(self._call(layer, steps, here, packing.batch_sizes, packing.resets))
+            for final, value in zip(finals, last):
+                if value is not None:
+                    final.append(value)
+        state_n = [packing.unpack_state(torch.cat(final) if len(final) > 1 else final[0]) for final in finals]
+        return packing.unpack(steps), state_n[0] if len(state_n) == 1 else tuple(state_n)
+
+
+class LSTM(Recurrent):
+    """The LSTM of `torch.nn.LSTM`, gates i f g o, without a norm unless `norm` says otherwise.
+
+        a   = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+        c_t = σ(f)·c_{t-1} + σ(i)·tanh(g)
+        h_t = σ(o)·tanh(c_t),  or W_hr of that with proj_size
+
+    Arguments, shapes, state-dict keys and initial values are those of `torch.nn.LSTM`; a state dict of either loads into
+    the other. Beyond it: `lengths`, `resets`, Zoneout, DropConnect, norms.
+
+    >>> output, (h_n, c_n) = LSTM(3, 5)(torch.zeros(7, 2, 3))
+    >>> output.shape, c_n.shape
+    (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
+    """
+
+    cell_spec = spec.LSTM
+    cell_class = cells.LSTMCell
+
+
+class LayerNormLSTM(LSTM):
+    """The layer-normalised LSTM, by default haste's, which has the equations of Ba et al. 2016 (supplement, 20-22).
+
+        a   = N(W_ih x_t; g_ih) + b_ih + N(W_hh h_{t-1}; g_hh) + b_hh     over all 4H values together
+        c_t = σ(f)·c_{t-1} + σ(i)·tanh(g)
+        h_t = σ(o)·tanh(N(c_t; g_c) + b_c)                                the carried c stays raw
+
+    N is `festina.NormPlan`'s. It differs from PyTorch's custom_lstms and TensorFlow Addons, where the normalised c is the
+    state: `norm=norms.FASTRNNS`, `norms.TFA`. forget_bias is 1.
+
+    >>> layer = LayerNormLSTM(3, 5, batch_first=True)
+    >>> output, _ = layer(torch.randn(2, 7, 3), lengths=[7, 4])
+    >>> output[1, 4:].abs().max().item()
+    0.0
+    """
+
+    cell_class = cells.LayerNormLSTMCell
+    default_norm = norms.HASTE
+    default_forget_bias = 1.0
+
+
+class GRU(Recurrent):
+    """The GRU of `torch.nn.GRU`, gates r z n, without a norm unless `norm` says otherwise.
+
+        r, z = σ(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+        n    = tanh(x_n + r·h_n),  x_n and h_n the third blocks of the two products
+        h_t  = z·h_{t-1} + (1 − z)·n
+
+    The reset gate acts after the product, as in cuDNN and in Keras' reset_after.
+
+    >>> output, h_n = GRU(3, 5, bidirectional=True)(torch.zeros(7, 2, 3))
+    >>> output.shape, h_n.shape
+    (torch.Size([7, 2, 10]), torch.Size([2, 2, 5]))
+    """
+
+    cell_spec = spec.GRU
+    cell_class = cells.GRUCell
+
+
+class LayerNormGRU(GRU):
+    """The layer-normalised GRU, by default haste's: N over all 3H values of each product, then `GRU`'s equations.
+
+    Under a joint plan (`norms.DREAMER`) it is the GRU of DreamerV2 and V3, whose gates differ:
+    `festina.reference.gru_joint_step` has them.
+
+    >>> LayerNormGRU(3, 5)
+    LayerNormGRU(3, 5, norm=norms.HASTE)
+    """
+
+    cell_class = cells.LayerNormGRUCell
+    default_norm = norms.HASTE
+
+
+class IndRNN(Recurrent):
+    """The independently recurrent network (Li et al. 2018): h_t = φ(W_ih x_t + b_ih + u ⊙ h_{t-1}), u = `weight_hh_l0` [H].
+
+    Args:
+        nonlinearity: φ, `tanh` (haste) or `relu` (Li et al.). The other arguments are those of `Recurrent`.
+
+    >>> output, h_n = IndRNN(3, 5, nonlinearity="relu")(torch.zeros(7, 2, 3))
+    >>> output.shape
+    torch.Size([7, 2, 5])
+    """
+
+    cell_class = cells.IndRNNCell
+
+    def __init__(self, *args: Any, nonlinearity: str = "tanh", **kwargs: Any) -> None:
+        self.cell_spec = cells.indrnn_spec(nonlinearity)
+        super().__init__(*args, **kwargs)
+        self.nonlinearity = nonlinearity
+
+    def cell_options(self) -> dict[str, Any]:
+        return {"nonlinearity": self.nonlinearity}
+
+    def _repr_defaults(self) -> dict[str, Any]:
+        return {"nonlinearity": "tanh", **super()._repr_defaults()}
+
+
+class LayerNormIndRNN(IndRNN):
+    """The layer-normalised IndRNN, haste's: h_t = φ(N(W_ih x_t; g_ih) + b_ih + u ⊙ h_{t-1}); there is no recurrent norm.
+
+    >>> [name for name, _ in LayerNormIndRNN(3, 5).named_parameters()]
+    ['weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0', 'gain_ih_l0']
+    """
+
+    cell_class = cells.LayerNormIndRNNCell
+    default_norm = norms.HASTE

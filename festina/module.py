@@ -1,0 +1,207 @@
+"""What layers and cells share: options, parameters and their initialisation, the plan in the checkpoint."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from festina import functional, norms
+from festina.norms import NormPlan
+from festina.reference import Call
+from festina.spec import CellSpec, LayerSpec
+
+# torch's own name for what a module saves beside its tensors; here, the norm plan.
+_PLAN_KEY = "_extra_state"
+
+
+class RecurrentBase(nn.Module):
+    """A module with the parameters of one recurrent cell, once for every suffix.
+
+    Subclasses say which cell they are, and which plan and forget bias they have if none is given.
+
+    Args:
+        spec: what every layer is; `suffixes` lists, layer by layer, the suffix of each direction's parameter names.
+    """
+
+    cell_spec: CellSpec
+    default_norm: ClassVar[NormPlan] = norms.NONE
+    default_forget_bias: ClassVar[float] = 0.0
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        proj_size: int,
+        spec: LayerSpec,
+        suffixes: list[list[str]],
+        zoneout: float,
+        zoneout_cell: float,
+        dropconnect: float,
+        forget_bias: float | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("proj_size", proj_size)):
+            if isinstance(size, bool) or not isinstance(size, int):
+                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if proj_size < 0 or proj_size >= hidden_size:
+            raise ValueError(f"proj_size must lie in [0, hidden_size) = [0, {hidden_size}), got {proj_size}")
+        if proj_size and not spec.cell.projects:
+            raise ValueError(f"proj_size must be 0: the {spec.cell.name} cell has no projection, got {proj_size}")
+        functional.check_rates(zoneout=zoneout, zoneout_cell=zoneout_cell, dropconnect=dropconnect)
+        if zoneout_cell and "c" not in spec.cell.states:
+            raise ValueError(f"zoneout_cell must be 0: the {spec.cell.name} cell has no c, got {zoneout_cell}")
+        if forget_bias and "f" not in spec.cell.gates:
+            raise ValueError(f"forget_bias must be 0: the {spec.cell.name} cell has no forget gate, got {forget_bias}")
+        if input_size == 1 and spec.plan.placement == "separate" and not spec.plan.inner_bias:
+            warnings.warn(
+                "a norm on the projection of a single input feature erases its size: N(w·x) = sign(x)·N(w); "
+                "put a linear layer in front, or choose a plan without a norm on the input, such as norms.NONE or a "
+                "joint one",
+                stacklevel=3,
+            )
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.proj_size = proj_size
+        self.bias = spec.bias
+        self.spec = spec
+        self.zoneout = zoneout
+        self.zoneout_cell = zoneout_cell
+        self.dropconnect = dropconnect
+        self.forget_bias = self.default_forget_bias if forget_bias is None else forget_bias
+        self._names: list[list[str]] = []
+        inputs = input_size
+        for per_direction in suffixes:
+            shapes = spec.parameter_shapes(inputs, hidden_size, self.output_size)
+            for suffix in per_direction:
+                for name, shape in shapes.items():
+                    parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+                    self.register_parameter(name + suffix, parameter)
+            self._names.append([name + suffix for suffix in per_direction for name in shapes])
+            inputs = self.output_size * len(per_direction)
+        self.reset_parameters()
+
+    @property
+    def output_size(self) -> int:
+        """What h is wide: proj_size, or hidden_size without a projection."""
+        return self.proj_size or self.hidden_size
+
+    @property
+    def norm(self) -> NormPlan:
+        """Where the norms sit."""
+        return self.spec.plan
+
+    def reset_parameters(self) -> None:
+        """Weights and plain biases as `torch.nn.LSTM` and `GRU`: uniform in ±1/sqrt(hidden_size), in the same order, so
+        that the same seed gives the same values. Gains are 1 and the shifts of norms 0, as in `torch.nn.LayerNorm`.
+        `forget_bias` is added to the forget gate's shift (Gers et al. 2000; 1 in haste), where there are biases.
+        """
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        H, spec = self.hidden_size, self.spec
+        for names in self._names:
+            for full, name in zip(names, spec.parameter_names * spec.directions, strict=True):
+                parameter = getattr(self, full)
+                if name.startswith("gain"):
+                    nn.init.ones_(parameter)
+                else:
+                    nn.init.uniform_(parameter, -bound, bound)
+                if name in spec.norm_shifts:
+                    nn.init.zeros_(parameter)
+                if name == spec.shift and self.forget_bias:
+                    with torch.no_grad():
+                        parameter[spec.cell.rows("f", H)] += self.forget_bias
+
+    def layer_parameters(self, layer: int = 0) -> list[Tensor]:
+        """The parameters of one layer in the order of a `Call`: direction by direction, each as `spec.parameter_names`."""
+        return [getattr(self, name) for name in self._names[layer]]
+
+    def _call(
+        self,
+        layer: int,
+        steps: Tensor,
+        state: list[Tensor],
+        batch_sizes: Tensor | None = None,
+        resets: Tensor | None = None,
+    ) -> Call:
+        """The call of one layer; in training, DropConnect's and Zoneout's masks are drawn here."""
+        parameters = self.layer_parameters(layer)
+        if self.training and self.dropconnect:
+            per_direction = len(self.spec.parameter_names)
+            for at in range(self.spec.parameter_names.index("weight_hh"), len(parameters), per_direction):
+                parameters[at] = F.dropout(parameters[at], self.dropconnect, training=True)
+
+        def mask(rate: float, width: int) -> Tensor | None:
+            if not (self.training and rate):
+                return None
+            shape = (self.spec.directions, steps.shape[0], width)
+            return torch.empty(shape, dtype=torch.bool, device=steps.device).bernoulli_(rate)
+
+        return Call(
+            self.spec,
+            steps,
+            state[0],
+            state[1] if len(state) > 1 else None,
+            tuple(parameters),
+            batch_sizes,
+            resets,
+            mask(self.zoneout, self.output_size),
+            mask(self.zoneout_cell, self.hidden_size),
+            self.zoneout,
+            self.zoneout_cell,
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.norm.is_none:  # a plain layer's state dict is torch.nn's, key for key
+            text = self.norm.to_json().encode()
+            destination[prefix + _PLAN_KEY] = torch.tensor(list(text), dtype=torch.uint8)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load unless the checkpoint was saved under another plan: then nothing of this module is touched."""
+        key = prefix + _PLAN_KEY
+        saved = state_dict.get(key)
+        if saved is None:
+            if strict and not self.norm.is_none:
+                missing_keys.append(key)
+        else:
+            plan = NormPlan.from_json(bytes(saved.tolist()).decode())
+            if plan != self.norm:
+                error_msgs.append(
+                    f"{prefix}: the checkpoint was saved under the norm plan {plan}, this layer has {self.norm}; "
+                    f"the same weights make another function there. Build the layer with norm={plan!r}"
+                )
+                return
+        rest = {name: value for name, value in state_dict.items() if name != key}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.input_size}, {self.hidden_size}"]
+        options = {"proj_size": 0, "bias": True, **self._repr_defaults()}
+        parts += [f"{name}={value}" for name in options if (value := getattr(self, name)) != options[name]]
+        if not self.norm.is_none:
+            parts.append(f"norm={self.norm!r}")
+        rates = ("zoneout", "zoneout_cell", "dropconnect")
+        parts += [f"{name}={value}" for name in rates if (value := getattr(self, name))]
+        return ", ".join(parts)
+
+    def _repr_defaults(self) -> dict[str, Any]:
+        """Options that are shown where they differ from these."""
+        return {}

@@ -1,0 +1,178 @@
+"""The operators `festina::recurrence`, `recurrence_train` and `recurrence_backward`: schemas, shapes, autograd.
+
+One operator call is one layer over time, every direction. `recurrence` is what callers use; under autograd it becomes
+`recurrence_train`, whose outputs and saved tensors `recurrence_backward` turns into gradients. The backend is chosen when
+`recurrence` runs, unless one is forced; the other two are told which, since they share what is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from festina import backends
+from festina.backends.eager import gradients
+from festina.reference import Call
+from festina.spec import LayerSpec
+
+Arguments = tuple[Any, ...]
+"""A call as the operators take it: the order of `_CALL`."""
+
+_CALL = (
+    "str backend, str layer, Tensor? batch_sizes, Tensor? resets, Tensor? zoneout_mask, Tensor? zoneout_cell_mask, "
+    "float zoneout, float zoneout_cell, Tensor input, Tensor[] state, Tensor[] parameters"
+)
+
+_library = torch.library.Library("festina", "DEF")
+_library.define(f"recurrence({_CALL}) -> (Tensor output, Tensor[] state_n)")
+_library.define(f"recurrence_train({_CALL}) -> (Tensor output, Tensor[] state_n, Tensor[] saved)")
+_library.define(
+    f"recurrence_backward({_CALL}, Tensor output, Tensor[] state_n, Tensor[] saved, "
+    "Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, bool[] wanted) -> Tensor[]"
+)
+
+
+def arguments(call: Call) -> Arguments:
+    """`call` as the operators take it, under the backend that is forced now."""
+    return (
+        backends.forced(),
+        call.layer.token,
+        call.batch_sizes,
+        call.resets,
+        call.zoneout_mask,
+        call.zoneout_cell_mask,
+        call.zoneout,
+        call.zoneout_cell,
+        call.input,
+        call.state,
+        call.parameters,
+    )
+
+
+def _parse(args: Arguments) -> tuple[backends.Backend, Call]:
+    """The backend and the call that `arguments` wrote down."""
+    backend, layer, batch_sizes, resets, mask, cell_mask, zoneout, zoneout_cell, input, state, parameters = args
+    h_0, *c_0 = state
+    call = Call(
+        LayerSpec.parse(layer),
+        input,
+        h_0,
+        c_0[0] if c_0 else None,
+        tuple(parameters),
+        batch_sizes,
+        resets,
+        mask,
+        cell_mask,
+        zoneout,
+        zoneout_cell,
+    )
+    return backends.get(backends.select(backends.Case.of(call), backend)), call
+
+
+def _listed(outputs: backends.Outputs) -> tuple[Tensor, list[Tensor]]:
+    output, h_n, c_n = outputs
+    return output, [h_n] if c_n is None else [h_n, c_n]
+
+
+def _recurrence(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    backend, call = _parse(args)
+    return _listed(backend.forward(call))
+
+
+def _recurrence_train(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    backend, call = _parse(args)
+    outputs, saved = backend.forward_train(call)
+    return (*_listed(outputs), saved)
+
+
+def _recurrence_backward(*args: Any) -> list[Tensor]:
+    *call_args, output, state_n, saved, d_output, d_h_n, d_c_n, wanted = args
+    backend, call = _parse(tuple(call_args))
+    outputs = (output, state_n[0], state_n[1] if len(state_n) > 1 else None)
+    found = backend.backward(call, outputs, saved, (d_output, d_h_n, d_c_n), wanted)
+    return [call.input.new_empty(0) if gradient is None else gradient for gradient in found]
+
+
+def _shapes(call: Call) -> tuple[Tensor, list[Tensor]]:
+    D, _, P = call.h_0.shape
+    return call.input.new_empty(call.input.shape[0], D * P), [torch.empty_like(s) for s in call.state]
+
+
+def _recurrence_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    return _shapes(_parse(args)[1])
+
+
+def _recurrence_train_fake(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    backend, call = _parse(args)
+    return (*_shapes(call), backend.saved_like(call))
+
+
+def _recurrence_backward_fake(*args: Any) -> list[Tensor]:
+    *call_args, _output, _state_n, _saved, _d_output, _d_h_n, _d_c_n, wanted = args
+    call = _parse(tuple(call_args))[1]
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else call.input.new_empty(0)
+        for tensor, want in zip(call.tensors(), wanted, strict=True)
+    ]
+
+
+class _Recurrence(torch.autograd.Function):
+    """Autograd of `recurrence`. Nothing saved is ever overwritten, so backward runs as often as it is asked to."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Arguments, states: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`options` are the arguments before the tensors; `tensors` are input, `states` states, and the parameters."""
+        backend = _parse(_joined(options, states, tensors))[0].name
+        options = (backend, *options[1:])
+        with torch._C._AutoDispatchBelowAutograd():
+            output, state_n, saved = torch.ops.festina.recurrence_train(*_joined(options, states, tensors))
+        ctx.options, ctx.states = options, states
+        ctx.save_for_backward(*tensors, output, *state_n, *saved)
+        ctx.set_materialize_grads(False)
+        return (output, *state_n)
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted: list[bool] = list(ctx.needs_input_grad[2:])
+        tensors, kept = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        args = _joined(ctx.options, ctx.states, tensors)
+        found: Sequence[Tensor | None]
+        if torch.is_grad_enabled():  # create_graph=True: the reference can be differentiated again, kernels cannot
+            call = _parse(args)[1]
+            # Views, so that a gradient stops at its own tensor where one input was computed from another.
+            call = call.with_tensors([tensor.view_as(tensor) for tensor in call.tensors()])
+            found = gradients(call, d_outputs, wanted, create_graph=True)
+        else:
+            output, state_n, saved = kept[0], list(kept[1 : 1 + ctx.states]), list(kept[1 + ctx.states :])
+            d_output, d_h_n, d_c_n = (*d_outputs, None)[:3]
+            found = torch.ops.festina.recurrence_backward(*args, output, state_n, saved, d_output, d_h_n, d_c_n, wanted)
+        return (None, None, *(gradient if want else None for gradient, want in zip(found, wanted, strict=True)))
+
+
+def _joined(options: Arguments, states: int, tensors: Sequence[Tensor]) -> Arguments:
+    """The arguments of an operator from its options and the one row of tensors that autograd sees."""
+    return (*options, tensors[0], list(tensors[1 : 1 + states]), list(tensors[1 + states :]))
+
+
+def _recurrence_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    *options, input, state, parameters = args
+    tensors = (input, *state, *parameters)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        output, *state_n = _Recurrence.apply(tuple(options), len(state), *tensors)  # type: ignore[no-untyped-call]
+        return output, state_n
+    with torch._C._AutoDispatchBelowAutograd():
+        result: tuple[Tensor, list[Tensor]] = torch.ops.festina.recurrence(*args)
+    return result
+
+
+for _name, _kernel, _fake in (
+    ("recurrence", _recurrence, _recurrence_fake),
+    ("recurrence_train", _recurrence_train, _recurrence_train_fake),
+    ("recurrence_backward", _recurrence_backward, _recurrence_backward_fake),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"festina::{_name}", _fake, lib=_library)
+_library.impl("recurrence", _recurrence_autograd, "Autograd")
