@@ -89,7 +89,7 @@ class Racer:
         scores, state = self.parallel(inputs, self.state)
         loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.state = map_state(Tensor.detach, state)
