@@ -43,7 +43,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5}
 Measured over `tests/cases.py`: the worst right result and the mildest wrong equation stand in `tests/test_mutants.py`.
 """
 
-# Below this rms a value is the rounding of a zero: cotangents are of size 1. A layer norm over one value has such gradients.
+# Below this rms a value is the rounding of a zero, as the gradient of a norm over one value: cotangents are of size 1.
 ZERO = 1e-7
 
 _DTYPE_NAMES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -104,8 +104,8 @@ class Case:
     def build(self, device: torch.device | str = "cpu") -> tuple[Call, list[Tensor]]:
         """The call, and a cotangent for each of its outputs.
 
-        Numbers are drawn on the CPU in float64 and rounded, so a case is the same on every device. Weights are scaled so
-        that pre-activations are of size 1, gains lie around 1, biases and states are not zero.
+        Numbers are drawn on the CPU in float64 and rounded, so a case is the same on every device. Weights are scaled
+        so that pre-activations are of size 1, gains lie around 1, biases and states are not zero.
         """
         layer, draw = self.layer, _Draw(self.seed, self.dtype, device)
         D, H, P = layer.directions, self.H, self.P or self.H
@@ -182,7 +182,8 @@ def widened(call: Call) -> Call:
 def result_names(call: Call) -> tuple[list[str], list[str]]:
     """What the outputs of a call are called, and the tensors gradients are taken of; `_reverse` marks direction 1."""
     states = call.layer.cell.states
-    parameters = [name + end for end in ("", "_reverse")[: call.layer.directions] for name in call.layer.parameter_names]
+    ends = ("", "_reverse")[: call.layer.directions]
+    parameters = [name + end for end in ends for name in call.layer.parameter_names]
     return ["output", *(f"{state}_n" for state in states)], ["input", *(f"{state}_0" for state in states), *parameters]
 
 
