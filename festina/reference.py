@@ -19,7 +19,7 @@ from festina.norms import NormPlan
 from festina.spec import LayerSpec
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Call:
     """One call of the recurrence: a whole layer, every direction, over packed steps. What every backend receives.
 

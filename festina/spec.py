@@ -116,6 +116,9 @@ class LayerSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "plan", self.cell.fit(self.plan))
 
+    def __hash__(self) -> int:
+        return hash(self.token)  # a string keeps its hash; this one is asked for at every call
+
     def parameter_shapes(self, I: int, H: int, P: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of one direction, `torch.nn`'s first and in its order.
 
