@@ -137,8 +137,8 @@ class LayerSpec:
             ("weight_hr", (P, H), self.projected),
             ("gain_ih", (G * H,), separate),
             ("gain_hh", (G * H,), separate and matrix),
-            ("gain", (G * H,), joint),
-            ("bias", (G * H,), joint and self.bias),
+            ("gain_joint", (G * H,), joint),
+            ("bias_joint", (G * H,), joint and self.bias),
             ("bias_inner", (G * H,), self.plan.inner_bias and self.bias),
             ("gain_c", (H,), self.plan.cell != "none"),
             ("bias_c", (H,), self.plan.cell != "none" and self.bias),
@@ -153,13 +153,13 @@ class LayerSpec:
     @cached_property
     def norm_shifts(self) -> frozenset[str]:
         """The parameters that are added right after a norm."""
-        products = {"none": (), "separate": ("bias_ih", "bias_hh"), "joint": ("bias",)}[self.plan.placement]
+        products = {"none": (), "separate": ("bias_ih", "bias_hh"), "joint": ("bias_joint",)}[self.plan.placement]
         return frozenset((*products, "bias_c")) & frozenset(self.parameter_names)
 
     @cached_property
     def shift(self) -> str | None:
         """The parameter that is added to the pre-activations last on the input side: where a forget bias is put."""
-        return next((name for name in ("bias_ih", "bias") if name in self.parameter_names), None)
+        return next((name for name in ("bias_ih", "bias_joint") if name in self.parameter_names), None)
 
     @property
     def step(self) -> str:
