@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 from festina.norms import NONE, NormPlan
 
@@ -112,9 +112,18 @@ class LayerSpec:
     bias: bool = True
     projected: bool = False
     directions: int = 1
+    parameter_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """The names of `parameter_shapes`, in order."""
+    token: str = field(init=False, repr=False, compare=False)
+    """The layer as one string, for operators; `LayerSpec.parse` gives it back."""
 
     def __post_init__(self) -> None:
+        # Both are asked for at every call. Not cached properties: torch.compile cannot trace their lock (Python < 3.12).
         object.__setattr__(self, "plan", self.cell.fit(self.plan))
+        object.__setattr__(self, "parameter_names", tuple(self.parameter_shapes(1, 1, 1)))
+        fields = {"plan": self.plan.to_dict(), "bias": self.bias, "projected": self.projected}
+        token = json.dumps({"cell": self.cell.name, **fields, "directions": self.directions})
+        object.__setattr__(self, "token", token)
 
     def __hash__(self) -> int:
         return hash(self.token)  # a string keeps its hash; this one is asked for at every call
@@ -145,18 +154,13 @@ class LayerSpec:
         ]
         return {name: shape for name, shape, present in table if present}
 
-    @cached_property
-    def parameter_names(self) -> tuple[str, ...]:
-        """The names of `parameter_shapes`, in order."""
-        return tuple(self.parameter_shapes(1, 1, 1))
-
-    @cached_property
+    @property
     def norm_shifts(self) -> frozenset[str]:
         """The parameters that are added right after a norm."""
         products = {"none": (), "separate": ("bias_ih", "bias_hh"), "joint": ("bias_joint",)}[self.plan.placement]
         return frozenset((*products, "bias_c")) & frozenset(self.parameter_names)
 
-    @cached_property
+    @property
     def shift(self) -> str | None:
         """The parameter that is added to the pre-activations last on the input side: where a forget bias is put."""
         return next((name for name in ("bias_ih", "bias_joint") if name in self.parameter_names), None)
@@ -165,19 +169,6 @@ class LayerSpec:
     def step(self) -> str:
         """The name of the step function that serves this layer."""
         return self.cell.steps[self.plan.placement]
-
-    @cached_property
-    def token(self) -> str:
-        """The layer as one string, for operators; `LayerSpec.parse` gives it back."""
-        return json.dumps(
-            {
-                "cell": self.cell.name,
-                "plan": self.plan.to_dict(),
-                "bias": self.bias,
-                "projected": self.projected,
-                "directions": self.directions,
-            }
-        )
 
     @staticmethod
     @cache
