@@ -51,7 +51,7 @@ class Cell(RecurrentBase):
             input_size,
             hidden_size,
             proj_size,
-            spec.LayerSpec(self.cell_spec, plan, bias, proj_size > 0),
+            spec.LayerSpec(self.cell_spec, plan, bias, proj_size != 0),
             [[""]],
             zoneout,
             zoneout_cell,

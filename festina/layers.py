@@ -74,7 +74,7 @@ class Recurrent(RecurrentBase):
             input_size,
             hidden_size,
             proj_size,
-            spec.LayerSpec(self.cell_spec, plan, bias, proj_size > 0, len(ends)),
+            spec.LayerSpec(self.cell_spec, plan, bias, proj_size != 0, len(ends)),
             [[f"_l{layer}{end}" for end in ends] for layer in range(num_layers)],
             zoneout,
             zoneout_cell,
