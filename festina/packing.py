@@ -132,7 +132,7 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], axes: str, device: torc
     """
     if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
         got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
-        raise TypeError(f"resets must be a bool tensor, got {got}; call resets.bool()")
+        raise TypeError(f"resets must be a bool tensor, got {got}; torch.as_tensor(resets).bool() is one")
     if resets.shape != shape:
         raise ValueError(f"resets must be {axes} = {list(shape)}, got {list(resets.shape)}")
     if resets.device != device:
