@@ -28,7 +28,9 @@ _CALL = (
 )
 
 _library = torch.library.Library("festina", "DEF")
-_library.define("sort_rows(Tensor lengths, SymInt T, bool batch_first) -> (Tensor order, Tensor batch_sizes, Tensor index)")
+_library.define(
+    "sort_rows(Tensor lengths, SymInt T, bool batch_first) -> (Tensor order, Tensor batch_sizes, Tensor index)"
+)
 _library.define(f"recurrence({_CALL}) -> (Tensor output, Tensor[] state_n)")
 _library.define(f"recurrence_train({_CALL}) -> (Tensor output, Tensor[] state_n, Tensor[] saved)")
 _library.define(

@@ -57,7 +57,9 @@ class CellSpec:
             ValueError: the cell has no such placement or grouping.
         """
         if not isinstance(plan, NormPlan):
-            raise TypeError(f"norm must be a NormPlan, such as norms.HASTE, got {plan!r}; festina.norms has the named ones")
+            raise TypeError(
+                f"norm must be a NormPlan, such as norms.HASTE, got {plan!r}; festina.norms has the named ones"
+            )
         if plan.placement not in self.steps:
             raise ValueError(
                 f"the norm plan {plan} does not fit the {self.name} cell: placement must be one of "
