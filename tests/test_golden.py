@@ -144,6 +144,10 @@ FILES = {
 }
 
 
+def same(name: str, got: Tensor, want: Tensor) -> None:
+    assert_close(got, want, rtol=1e-12, atol=1e-12, msg=lambda text: f"{name}: {text}")
+
+
 def test_every_file_is_read():
     assert {path.stem for path in GOLDEN.glob("*.npz")} == set(FILES)
 
@@ -186,8 +190,7 @@ def test_golden(name, backend):
         gradients = torch.autograd.grad(total, list(theirs.values()), materialize_grads=True)
     assert {f"grad/{key}" for key in theirs} == {key for key in held if key.startswith("grad/")}
     for key, gradient in zip(theirs, gradients, strict=True):
-        want = held[f"grad/{key}"]
-        assert_close(gradient, want, rtol=1e-12, atol=1e-12, msg=lambda text, key=key: f"gradient of {key}: {text}")
+        same(f"the gradient of {key}", gradient, held[f"grad/{key}"])
 
 
 def test_another_placement_of_the_norms_is_found_out():
