@@ -1,8 +1,7 @@
 """Every backend against the reference in float64, through the operators: outputs, final states, every gradient.
 
-The tolerances are `festina.testing.TOLERANCES`. Over `CASES`, eager in float32 comes to 2.8e-6 at worst (an output that
-happens to be near zero; 2.6e-6 for gradients) where 1e-5 is allowed; `test_mutants.py` shows that wrong equations are
-far above it.
+The tolerances are `festina.testing.TOLERANCES`. Over `CASES`, eager in float32 comes to 3.3e-6 at worst where 1e-5 is
+allowed; `test_mutants.py` shows that wrong equations are far above it.
 
 eager in float64 is the reference itself, so what it is tested for here is the operators: subsets of gradients, a graph
 kept, a graph of the gradients.
@@ -74,9 +73,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def poisoned():
     """New memory holds NaN, so an element that is never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler, for seconds
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 def test_poison_reaches_new_memory(poisoned):
