@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, layer: LayerSpec, H: int, P: int) -> Plan:
         """The plan of a layer of these sizes."""
-        names, plan = layer.parameter_names, layer.plan
+        plan = layer.plan
         return cls(
             step=STEPS[layer.step],
             source=SOURCE,
@@ -61,7 +61,7 @@ class Plan(NamedTuple):
             centred=plan.kind == "layer",
             eps=plan.eps,
             is_joint=plan.placement == "joint",
-            has_hh_norm="gain_hh" in names or "gain" in names,
+            has_hh_norm=plan.placement != "none" and not layer.cell.diagonal,
             has_c="c" in layer.cell.states,
             has_c_norm=plan.cell != "none",
             is_c_carried_normed=plan.cell == "carried",
@@ -228,7 +228,10 @@ class Chunk(NamedTuple):
 
 @triton.jit
 def step_back(chunk, d_h, d_c, w, around, is_reset, n, at, col, mask, plan: tl.constexpr):
-    """Back through `step_on`, from the gradients of its h and of c after Zoneout: to those of p and of the old state."""
+    """Back through `step_on`, from the gradients of its h and of c after Zoneout: to those of p and of the old state.
+
+    That of p comes in the type of the product which it goes into.
+    """
     x = load_tiles(chunk.x, at, col, mask, plan.H, plan.G)
     h, c, d_kept = None, None, None
     if plan.has_c:
@@ -244,7 +247,7 @@ def step_back(chunk, d_h, d_c, w, around, is_reset, n, at, col, mask, plan: tl.c
     d_x, d_a, d_products, d_old, d_seen, new_h, new_c = retreat(x, p, h, c, d_h, d_c, w, col, mask, plan)
     d_p = ()
     for g in tl.static_range(plan.G):
-        d_p += (tl.where(is_reset | (mask == 0), 0.0, d_products[g]),)
+        d_p += (tl.where(is_reset | (mask == 0), 0.0, d_products[g]).to(chunk.d_p.dtype.element_ty),)
     store_tiles(chunk.d_p, d_p, at, col, mask, plan.H, plan.G)
     if not plan.is_joint:
         store_tiles(chunk.x, d_x, at, col, mask, plan.H, plan.G)

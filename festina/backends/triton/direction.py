@@ -74,7 +74,7 @@ class Direction:
         self.H = self.p["weight_ih"].shape[0] // len(call.layer.cell.gates)
         self.plan = Plan.of(call.layer, self.H, self.P)
         self.width = self.plan.G * self.H
-        side = ("gain", "bias") if self.plan.is_joint else ("gain_hh", "bias_hh")
+        side = ("gain_joint", "bias_joint") if self.plan.is_joint else ("gain_hh", "bias_hh")
         self.weights = Weights(*map(self.p.get, ("weight_hh", "weight_hr", *side, "gain_c", "bias_c")))
         self.around = Around(
             resets=self._flags(call.resets),
@@ -84,10 +84,18 @@ class Direction:
             rate_c=call.zoneout_cell if call.zoneout_cell and call.zoneout_cell_mask is None else None,
         )
         self.is_loop = self.plan.is_diagonal or max(self.H, self.P) <= LOOP_UP_TO
+        self._transposed: dict[str, Tensor] = {}
         self._most = CHUNK_BYTES // (16 * self.width)  # x, p and their gradients in float32
 
     def _flags(self, flags: Tensor | None) -> Tensor | None:
         return None if flags is None else flags[self.d].contiguous().view(torch.uint8)
+
+    def transposed(self, name: str) -> Tensor | None:
+        """A weight matrix as the products of a forward loop read it: row by row; a vector as it is."""
+        if name in self.p and name not in self._transposed:
+            weight = self.p[name]
+            self._transposed[name] = weight.t().contiguous() if weight.dim() == 2 else weight
+        return self._transposed.get(name)
 
     def chunks(self, backward: bool = False) -> Iterator[list[Run]]:
         """Chunks, and their runs, in the order in which this direction takes them or comes back through them."""

@@ -23,7 +23,7 @@ def rows_per_program(tile: int, values: int = 512) -> int:
 def launch(kernel: Kernel, programs: int, values: int, /, **arguments: object) -> None:
     """Start `programs` programs, each with a few threads for the `values` of a tile: four a thread, if they can be had."""
     warps = min(16, max(1, values // 128))
-    kernel[(programs,)](**arguments, num_warps=warps, enable_fp_fusion=True)
+    kernel[(programs,)](**arguments, num_warps=warps, num_stages=1, enable_fp_fusion=True)
 
 
 def programs(rows: int, rows_of_one: int) -> int:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def load_matrix(ptr, row, col, rows: tl.constexpr, cols: tl.constexpr):
-    """A whole `[rows, cols]` matrix, 0 outside."""
+def load_matrix(ptr, row, col, rows: tl.constexpr, cols: tl.constexpr, stride: tl.constexpr):
+    """`[rows, cols]` of a matrix whose rows are `stride` apart, 0 outside."""
     inside = (row < rows)[:, None] & (col < cols)[None, :]
-    return tl.load(ptr + row[:, None] * cols + col[None, :], mask=inside, other=0.0)
+    return tl.load(ptr + row[:, None] * stride + col[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -35,15 +35,14 @@ def dot(a, b, precision: tl.constexpr):
 
 
 @triton.jit
-def recurrent_product(h, w, col, col_p, plan: tl.constexpr, precision: tl.constexpr):
-    """W_hh · h, a tile a gate."""
+def recurrent_product(h, hh, col, col_p, plan: tl.constexpr, precision: tl.constexpr):
+    """W_hh · h, a tile a gate; `hh` is the transposed W_hh `[P, G·H]` unless it is a diagonal."""
     if plan.is_diagonal:
-        return (h * load_row(w.hh, col, plan.H, 1)[0],)
+        return (h * load_row(hh, col, plan.H, 1)[0],)
     else:
         p = ()
         for g in tl.static_range(plan.G):
-            block = load_matrix(w.hh + g * plan.H * plan.P, col, col_p, plan.H, plan.P)
-            p += (dot(h, tl.trans(block), precision),)
+            p += (dot(h, load_matrix(hh + g * plan.H, col_p, col, plan.P, plan.H, plan.G * plan.H), precision),)
         return p
 
 
@@ -53,19 +52,21 @@ def recurrent_product_backward(d_p, w, col, col_p, plan: tl.constexpr, precision
     if plan.is_diagonal:
         return d_p[0] * load_row(w.hh, col, plan.H, 1)[0]
     else:
-        d_h = dot(d_p[0], load_matrix(w.hh, col, col_p, plan.H, plan.P), precision)
+        d_h = dot(d_p[0], load_matrix(w.hh, col, col_p, plan.H, plan.P, plan.P), precision)
         for g in tl.static_range(1, plan.G):
-            d_h += dot(d_p[g], load_matrix(w.hh + g * plan.H * plan.P, col, col_p, plan.H, plan.P), precision)
+            block = load_matrix(w.hh + g * plan.H * plan.P, col, col_p, plan.H, plan.P, plan.P)
+            d_h += dot(d_p[g], block, precision)
         return d_h
 
 
 @triton.jit(do_not_specialize=["first", "at", "stride", "steps", "rows"])
 def loop_forward(
-    X, S_H, S_C, OUT, C, w, around, first, at, stride, steps, rows,
+    X, HH_T, HR_T, S_H, S_C, OUT, C, w, around, first, at, stride, steps, rows,
     plan: tl.constexpr, precision: tl.constexpr, out_width: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """`steps` steps of `rows` rows; the states S_H and S_C are overwritten; C, where wanted, is c of all steps."""
+    """`steps` steps of `rows` rows, with the weights of both products transposed. The states S_H and S_C are overwritten;
+    C, where wanted, is c of all steps."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     col, col_p = tl.arange(0, BH), tl.arange(0, BP)
     is_row = row < rows
@@ -80,12 +81,12 @@ def loop_forward(
         h = tl.where(is_reset, 0.0, h)
         if plan.has_c:
             c = tl.where(is_reset, 0.0, c)
-        p = recurrent_product(h, w, col, col_p, plan, precision)
+        p = recurrent_product(h, HH_T, col, col_p, plan, precision)
         new_h, new_c = step_on(X, C, p, h, c, w, around, n, at_row, col, mask, plan)
         if plan.has_c:
             c = new_c
         if plan.is_projected:
-            new_h = dot(new_h, tl.trans(load_matrix(w.hr, col_p, col, plan.P, plan.H)), precision)
+            new_h = dot(new_h, load_matrix(HR_T, col, col_p, plan.H, plan.P, plan.P), precision)
         h = zoneout(h, new_h, around.keep_h, around.rate_h, n, col_p, mask_p, plan.P)
         h = h.to(OUT.dtype.element_ty).to(tl.float32)  # backward starts from what the output holds
         store_tiles(OUT, (h,), n, col_p, mask_p, out_width, 1)
@@ -120,7 +121,7 @@ def loop_backward(
         d_kept, d_new = zoneout_backward(d_h, around.keep_h, around.rate_h, n, col_p, mask_p, plan.P)
         if plan.is_projected:
             store_tiles(D_Q, (d_new,), at_row, col_p, mask_p, plan.P, 1)
-            d_new = dot(d_new, load_matrix(w.hr, col_p, col, plan.P, plan.H), precision)
+            d_new = dot(d_new, load_matrix(w.hr, col_p, col, plan.P, plan.H, plan.H), precision)
         d_p, d_old = step_back(chunk, d_new, d_c, w, around, is_reset, n, at_row, col, mask, plan)
         d_h = tl.where(is_reset, 0.0, d_kept) + recurrent_product_backward(d_p, w, col, col_p, plan, precision)
         if plan.has_c:
@@ -152,9 +153,10 @@ def forward(
     BM, BH, BP = rows_of(direction), block(direction.H), block(direction.P)
     launch(
         loop_forward, programs(run.rows, BM), BM * BH,
-        X=x, S_H=h, S_C=c, OUT=output, C=kept, w=direction.weights, around=direction.around,
-        first=first, at=at + first - run.start, stride=stride, steps=run.steps, rows=run.rows,
-        plan=direction.plan, precision=precision(), out_width=output.stride(0), BM=BM, BH=BH, BP=BP,
+        X=x, HH_T=direction.transposed("weight_hh"), HR_T=direction.transposed("weight_hr"), S_H=h, S_C=c, OUT=output,
+        C=kept, w=direction.weights, around=direction.around, first=first, at=at + first - run.start, stride=stride,
+        steps=run.steps, rows=run.rows, plan=direction.plan, precision=precision(), out_width=output.stride(0),
+        BM=BM, BH=BH, BP=BP,
     )  # fmt: skip
 
 

@@ -167,8 +167,9 @@ class Backward:
         """What the steps of a chunk left, added to the gradients of parameters and put into that of the input."""
         direction, p = self.direction, self.direction.p
         d_x = chunk.d_p if direction.plan.is_joint else chunk.x
-        if "gain" in p:
-            self.add(("gain", "bias"), direction.norm_sums(chunk.x, p["gain"], chunk.d_a, addend=chunk.p))
+        if "gain_joint" in p:
+            sums = direction.norm_sums(chunk.x, p["gain_joint"], chunk.d_a, addend=chunk.p)
+            self.add(("gain_joint", "bias_joint"), sums)
         if "gain_hh" in p:
             self.add(("gain_hh", "bias_hh"), direction.norm_sums(chunk.p, p["gain_hh"], chunk.d_a))
         elif "bias_hh" in p:
