@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -34,7 +36,6 @@ class Compiled:
     shared_bytes: int
     spilled_bytes: int
     registers: int
-    threads: int
 
 
 class _Utils:
@@ -48,7 +49,7 @@ class _Utils:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, None, int, int, int]:
         registers, spilled = resources(self.target, binary)
-        self.found.append(Compiled(name, shared, spilled, registers, 0))
+        self.found.append(Compiled(name, shared, spilled, registers))
         return None, None, registers, spilled, 1024
 
     def unload_module(self, module: object) -> None:
@@ -102,20 +103,18 @@ def resources(target: GPUTarget, binary: bytes) -> tuple[int, int]:
 @contextmanager
 def compiling(target: str) -> Iterator[list[Compiled]]:
     """Inside, kernels are compiled for `target` and not run; yields what was compiled, as it comes."""
-    from festina.backends.triton import direction, loop, norm, step
+    from festina.backends.triton import direction, launch, loop, norm, step
 
-    kernels = [k for m in (direction, loop, norm, step) for k in vars(m).values() if hasattr(k, "device_caches")]
-    for kernel in kernels:
-        kernel.device_caches.clear()
+    kernels = [k for module in (loop, norm, step) for k in vars(module).values() if hasattr(k, "device_caches")]
     stand_in = _Driver(*TARGETS[target])
-    before = driver._active
-    driver.set_active(stand_in)
-    try:
-        yield stand_in.found
-    finally:
-        driver._active = before
+    with pytest.MonkeyPatch.context() as patch:
         for kernel in kernels:
-            kernel.device_caches.clear()
+            patch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
+        patch.setattr(driver, "_active", stand_in)
+        patch.setattr(launch, "WARP", stand_in.target.warp_size)
+        if stand_in.target.backend == "hip":
+            patch.setattr(direction, "LOOP_BYTES", 16 << 10)
+        yield stand_in.found
 
 
 def quicken_interpreter() -> None:

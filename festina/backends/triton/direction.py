@@ -19,8 +19,9 @@ STRIP = 64
 """Rows over which one program adds up the gradients of gain and shift."""
 
 
-LOOP_UP_TO = 128
-"""The largest H and P for which the whole recurrence is one launch."""
+LOOP_BYTES = 16 << 10 if torch.version.hip else 32 << 10
+"""How large a gate's part of W_hh may be, padded to a block, for the whole recurrence to be one launch: up to H = 128 in
+bfloat16 and float16, 64 in float32, and 64 on AMD, whose chips have less shared memory. Beyond, a program spills."""
 
 CHUNK_BYTES = 64 << 20
 """About how much is held of pre-activations and their gradients at a time."""
@@ -83,7 +84,8 @@ class Direction:
             rate_h=call.zoneout if call.zoneout and call.zoneout_mask is None else None,
             rate_c=call.zoneout_cell if call.zoneout_cell and call.zoneout_cell_mask is None else None,
         )
-        self.is_loop = self.plan.is_diagonal or max(self.H, self.P) <= LOOP_UP_TO
+        gate_bytes = block(self.H) * block(self.P) * call.input.element_size()
+        self.is_loop = self.plan.is_diagonal or gate_bytes <= LOOP_BYTES
         self._transposed: dict[str, Tensor] = {}
         self._most = CHUNK_BYTES // (16 * self.width)  # x, p and their gradients in float32
 

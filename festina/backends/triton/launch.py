@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 
 Kernel = Any
@@ -20,9 +21,16 @@ def rows_per_program(tile: int, values: int = 512) -> int:
     return max(1, values // tile)
 
 
+WARP = 64 if torch.version.hip else 32
+"""Threads of a warp."""
+
+
 def launch(kernel: Kernel, programs: int, values: int, /, **arguments: object) -> None:
-    """Start `programs` programs, each with a few threads for the `values` of a tile: four a thread, if they can be had."""
-    warps = min(16, max(1, values // 128))
+    """Start `programs` programs on the current stream, each with threads enough for a tile of `values`: four a thread.
+
+    More than 8 warps would leave each thread fewer registers than a backward step has numbers.
+    """
+    warps = min(8, max(1, values // (4 * WARP)))
     kernel[(programs,)](**arguments, num_warps=warps, num_stages=1, enable_fp_fusion=True)
 
 
