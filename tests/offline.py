@@ -88,6 +88,7 @@ def resources(target: GPUTarget, binary: bytes) -> tuple[int, int]:
             ).stdout
             found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
             return found["REG"], found["STACK"] + found["LOCAL"]
+
     # The kernel's metadata, msgpack: a key and, if it is below 128, its value in the next byte.
     def field(key: bytes) -> int:
         at = binary.index(key) + len(key)

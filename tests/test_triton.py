@@ -153,7 +153,18 @@ def test_the_suite_of_all_backends_in_the_interpreter():
 
 def interpret(file: str, part: str, *arguments: str) -> None:
     """Run a file of tests in a process where Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments, HERE / file]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        *arguments,
+        HERE / file,
+    ]
     env = {**os.environ, "TRITON_INTERPRET": "1", "FESTINA_PART": part, "OMP_NUM_THREADS": "1"}
     env.pop("PYTEST_ADDOPTS", None)
     done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 """One step of any cell under any plan, forward and back, on tiles: what the two tiers have in common.
 
 Neither loads a state nor makes a product: `x` is this step's part of the input, `p` the recurrent product, both as
@@ -139,8 +140,8 @@ def advance(x, p, h, c, w, col, mask, plan: tl.constexpr):
 def retreat(x, p, h, c, d_h, d_c, w, col, mask, plan: tl.constexpr):
     """Back through `advance`, whose results are computed once more.
 
-    Returns the gradients of x (of no use if the norm is joint, where it is that of p), of what the norm on p gave, of p,
-    of the old state that the cell carries, and of what the norm on c gave; then the new h, and c before its norm.
+    Returns the gradients of x, of what the norm on p (x + p) gave, of p, of the old state that the cell carries, and of
+    what the norm on c gave; then the new h, and c before its norm.
     """
     from_x, from_h, normed, reciprocals = pre_activations(x, p, w, col, mask, plan)
     old = c if plan.has_c else h
@@ -162,6 +163,8 @@ def retreat(x, p, h, c, d_h, d_c, w, col, mask, plan: tl.constexpr):
     if plan.has_hh_norm:
         d_normed = scaled(d_from_h, w.gain, col, plan.H, plan.G)
         d_p = normalize_backward(d_normed, normed, reciprocals, mask, plan, plan.spans)
+    if plan.is_joint:
+        d_x = d_p
     return d_x, d_from_h, d_p, d_old, d_seen, plan.step.emit(from_x, from_h, seen), new
 
 
@@ -216,7 +219,10 @@ def step_on(X, C, p, h, c, w, around, n, at, col, mask, plan: tl.constexpr):
 class Chunk(NamedTuple):
     """What a backward step finds in memory, for some steps in a row, and what it leaves there."""
 
-    x: Any  # float32 [rows, G·H]: what x gave; becomes its gradient, unless the norm is joint
+    x: Any  # float32 [rows, G·H]: what x gave
+    d_x: (
+        Any  # float32 [rows, G·H]: its gradient, in the same place if x is not needed any more; None if it is that of p
+    )
     p: Any  # [rows, G·H]: the recurrent product; None for a diagonal cell
     h: Any  # [rows, P]: h before each step, after resets
     c: Any  # float32 [rows, H]: likewise; becomes what the norm on c took, if there is one
@@ -239,18 +245,17 @@ def step_back(chunk, d_h, d_c, w, around, is_reset, n, at, col, mask, plan: tl.c
         d_kept, d_c = zoneout_backward(d_c, around.keep_c, around.rate_c, n, col, mask, plan.H)
     else:
         h = load_tiles(chunk.h, at, col, mask, plan.H, 1)[0]
+    p = None if plan.is_diagonal else load_tiles(chunk.p, at, col, mask, plan.H, plan.G)
     if plan.is_diagonal:
         p = (h * load_row(w.hh, col, plan.H, 1)[0],)
-    else:
-        p = load_tiles(chunk.p, at, col, mask, plan.H, plan.G)
 
     d_x, d_a, d_products, d_old, d_seen, new_h, new_c = retreat(x, p, h, c, d_h, d_c, w, col, mask, plan)
     d_p = ()
     for g in tl.static_range(plan.G):
         d_p += (tl.where(is_reset | (mask == 0), 0.0, d_products[g]).to(chunk.d_p.dtype.element_ty),)
     store_tiles(chunk.d_p, d_p, at, col, mask, plan.H, plan.G)
-    if not plan.is_joint:
-        store_tiles(chunk.x, d_x, at, col, mask, plan.H, plan.G)
+    if chunk.d_x is not None:
+        store_tiles(chunk.d_x, d_x, at, col, mask, plan.H, plan.G)
     if plan.has_hh_norm:
         store_tiles(chunk.d_a, d_a, at, col, mask, plan.H, plan.G)
     if plan.has_c_norm:

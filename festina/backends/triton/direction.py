@@ -1,4 +1,4 @@
-"""One direction of a call: its parameters as kernels take them, its steps in chunks and runs, its products over time."""
+"""One direction of a call: parameters as kernels take them, steps in chunks and runs, products over time."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ STRIP = 64
 
 
 LOOP_BYTES = 16 << 10 if torch.version.hip else 32 << 10
-"""How large a gate's part of W_hh may be, padded to a block, for the whole recurrence to be one launch: up to H = 128 in
-bfloat16 and float16, 64 in float32, and 64 on AMD, whose chips have less shared memory. Beyond, a program spills."""
+"""How large a gate's part of W_hh may be, padded to a block, for the whole recurrence to be one launch: up to
+H = 128 in bfloat16 and float16, 64 in float32, and 64 on AMD, which has less shared memory. Beyond, programs spill."""
 
 CHUNK_BYTES = 64 << 20
 """About how much is held of pre-activations and their gradients at a time."""
@@ -132,7 +132,7 @@ class Direction:
         return out
 
     def project(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """What x gives to some steps, float32 `[rows, G·H]`, normalised unless the norm is joint; and as it was before."""
+        """What x gives to some steps, float32 `[rows, G·H]`, normalised unless the norm is joint; and before that."""
         if "gain_ih" not in self.p:
             x = reference.project(self.call.layer, input, self.p).view(-1, self.width)
             return x, x
@@ -150,7 +150,7 @@ class Direction:
     def norm_sums(
         self, v: Tensor, gain: Tensor, d: Tensor, addend: Tensor | None = None, d_v: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of gain and shift of the norm of `v` (+ `addend`), from `d`, that of its result; d_v where given."""
+        """Gradients of gain and shift of the norm of `v` (+ `addend`), from `d`, that of its result; and d_v if given."""
         gates = v.shape[1] // self.H
         BH = block(self.H)
         BM = rows_per_program(BH)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 """Tier 2: a program has a block of rows and takes them through all steps in one launch, states in registers.
 
 The recurrent product is made inside, so H and P are small; a diagonal cell has no product and may be of any width.
@@ -66,7 +67,7 @@ def loop_forward(
     BM: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """`steps` steps of `rows` rows, with the weights of both products transposed. The states S_H and S_C are overwritten;
-    C, where wanted, is c of all steps."""
+    C, where wanted, is c after every step."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     col, col_p = tl.arange(0, BH), tl.arange(0, BP)
     is_row = row < rows

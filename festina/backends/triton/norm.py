@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 """The norm, once: on tiles inside a step, and over many rows at once where time is parallel.
 
 A row of pre-activations is a tuple with one tile `[rows, width]` a gate; `spans` says which gates share statistics.

@@ -6,9 +6,9 @@ chunk again, with two products over all its steps.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -62,6 +62,12 @@ def forward(call: Call, c: Tensor | None) -> Outputs:
     return output, h_n, None if c_n is None else c_n.to(input.dtype)
 
 
+def gradient_of(state: Tensor, last: Tensor | None) -> Tensor:
+    """A float32 copy of the last state's gradient, zeros if there is none: it becomes that of the first state."""
+    start = state.new_zeros(state.shape, dtype=torch.float32)
+    return start if last is None else start.copy_(last)
+
+
 def backward(
     call: Call,
     output: Tensor,
@@ -71,13 +77,10 @@ def backward(
 ) -> list[Tensor | None]:
     """The wanted gradients of `call.tensors()`, from those of output, h_n and c_n."""
     D, _, P = call.h_0.shape
-    d_output, d_h_n, d_c_n = (None if d is None else d.contiguous() for d in d_outputs)
-    wide = {"dtype": torch.float32}
-    d_h = torch.zeros_like(call.h_0, **wide, memory_format=torch.contiguous_format)
-    d_h = d_h if d_h_n is None else d_h.copy_(d_h_n)
-    d_c = None if call.c_0 is None else torch.zeros_like(call.c_0, **wide, memory_format=torch.contiguous_format)
-    if d_c is not None and d_c_n is not None:
-        d_c.copy_(d_c_n)
+    d_output, d_h_n, d_c_n = d_outputs
+    d_output = None if d_output is None else d_output.contiguous()
+    d_h = gradient_of(call.h_0, d_h_n)
+    d_c = None if call.c_0 is None else gradient_of(call.c_0, d_c_n)
     d_input = torch.zeros_like(call.input, memory_format=torch.contiguous_format) if wanted[0] else None
     d_parameters: list[Tensor] = []
     names = call.layer.parameter_names
@@ -144,29 +147,32 @@ class Backward:
         """What the steps of a chunk need and fill; and what the norm of x took."""
         direction, plan = self.direction, self.direction.plan
         rows = here.stop - here.start
-        wide = {"dtype": torch.float32}
-        new = self.input.new_empty
+        new, wide = self.input.new_empty, partial(self.input.new_empty, dtype=torch.float32)
         h = direction.before(chunk, self.output, self.first_h, new(rows, direction.P))
         c = None
         if self.c is not None and self.first_c is not None:
-            c = direction.before(chunk, self.c, self.first_c, new(rows, direction.H, **wide))
+            c = direction.before(chunk, self.c, self.first_c, wide((rows, direction.H)))
         x, raw = direction.project(self.input[here])
         p = None if plan.is_diagonal else torch.mm(h, direction.p["weight_hh"].t())
+        d_x: Tensor | None = x
+        if plan.is_joint:  # backward through the norm needs x + p once more; only a reset tells d_x from d_p
+            d_x = None if direction.around.resets is None else torch.empty_like(x)
         return Chunk(
             x=x,
+            d_x=d_x,
             p=p,
             h=h,
             c=c,
-            d_a=new(rows, direction.width, **wide) if plan.has_hh_norm else None,
+            d_a=wide((rows, direction.width)) if plan.has_hh_norm else None,
             d_p=p if p is not None and not plan.has_hh_norm else new(rows, direction.width),
-            d_seen=new(rows, direction.H, **wide) if plan.has_c_norm else None,
+            d_seen=wide((rows, direction.H)) if plan.has_c_norm else None,
             unprojected=new(rows, direction.H) if plan.is_projected else None,
         ), raw
 
     def collect(self, here: slice, chunk: Chunk, raw: Tensor, d_q: Tensor | None) -> None:
         """What the steps of a chunk left, added to the gradients of parameters and put into that of the input."""
         direction, p = self.direction, self.direction.p
-        d_x = chunk.d_p if direction.plan.is_joint else chunk.x
+        d_x = chunk.d_p if chunk.d_x is None else chunk.d_x
         if "gain_joint" in p:
             sums = direction.norm_sums(chunk.x, p["gain_joint"], chunk.d_a, addend=chunk.p)
             self.add(("gain_joint", "bias_joint"), sums)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 """Tier 1: one launch a step, beside the product that `torch.mm` makes. For any H.
 
 A program has a few rows in their whole width, so that statistics never leave it. A projection puts a second product

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
 """The cells' arithmetic for Triton, each cell once: forward, and backward by hand.
 
 A cell has two halves: `update`, from the pre-activations to the state that it carries, and `emit`, from that state to
