@@ -18,6 +18,7 @@ from cases import CASES, EVERY_PLAN, full
 from torch import Tensor
 
 from festina import backends, functional, norms, reference
+from festina.backends.triton import is_interpreting
 from festina.reference import Call
 from festina.testing import TOLERANCES, Case, assert_close, evaluate, plan_label, result_names, widened, worst
 
@@ -44,7 +45,7 @@ def refusal(case: Case, backend: str) -> str | None:
 
 
 def device_of(backend: str) -> str:
-    return "cuda" if backend in ("cuda", "triton") else "cpu"
+    return "cuda" if backend in ("cuda", "triton") and not is_interpreting() else "cpu"
 
 
 @lru_cache(maxsize=16)

@@ -140,7 +140,7 @@ def advance(x, p, h, c, w, col, mask, plan: tl.constexpr):
 def retreat(x, p, h, c, d_h, d_c, w, col, mask, plan: tl.constexpr):
     """Back through `advance`, whose results are computed once more.
 
-    Returns the gradients of x, of what the norm on p (x + p) gave, of p, of the old state that the cell carries, and of
+    Returns the gradients of x, of what is added to the shift, of p, of the old state that the cell carries, and of
     what the norm on c gave; then the new h, and c before its norm.
     """
     from_x, from_h, normed, reciprocals = pre_activations(x, p, w, col, mask, plan)
@@ -226,8 +226,8 @@ class Chunk(NamedTuple):
     p: Any  # [rows, G·H]: the recurrent product; None for a diagonal cell
     h: Any  # [rows, P]: h before each step, after resets
     c: Any  # float32 [rows, H]: likewise; becomes what the norm on c took, if there is one
-    d_a: Any  # float32 [rows, G·H]: gradient of what the norm on p (x + p) gave, if there is one
-    d_p: Any  # [rows, G·H]: gradient of p
+    d_a: Any  # float32 [rows, G·H]: gradient of what is added to shift: of p, of the norm of p or x + p; None if it is d_p
+    d_p: Any  # [rows, G·H]: gradient of p, zero after a reset: it goes on to the h before
     d_seen: Any  # float32 [rows, H]: gradient of what the norm on c gave, if there is one
     unprojected: Any  # [rows, H]: h before its projection, if there is one
 
@@ -256,7 +256,7 @@ def step_back(chunk, d_h, d_c, w, around, is_reset, n, at, col, mask, plan: tl.c
     store_tiles(chunk.d_p, d_p, at, col, mask, plan.H, plan.G)
     if chunk.d_x is not None:
         store_tiles(chunk.d_x, d_x, at, col, mask, plan.H, plan.G)
-    if plan.has_hh_norm:
+    if chunk.d_a is not None:
         store_tiles(chunk.d_a, d_a, at, col, mask, plan.H, plan.G)
     if plan.has_c_norm:
         store_tiles(chunk.c, (new_c,), at, col, mask, plan.H, 1)

@@ -155,15 +155,16 @@ class Backward:
         x, raw = direction.project(self.input[here])
         p = None if plan.is_diagonal else torch.mm(h, direction.p["weight_hh"].t())
         d_x: Tensor | None = x
-        if plan.is_joint:  # backward through the norm needs x + p once more; only a reset tells d_x from d_p
-            d_x = None if direction.around.resets is None else torch.empty_like(x)
+        has_resets = direction.around.resets is not None  # they part d_p from the gradients of x and of the shift
+        if plan.is_joint:  # the norm's own gradients need x + p once more
+            d_x = torch.empty_like(x) if has_resets else None
         return Chunk(
             x=x,
             d_x=d_x,
             p=p,
             h=h,
             c=c,
-            d_a=wide((rows, direction.width)) if plan.has_hh_norm else None,
+            d_a=wide((rows, direction.width)) if plan.has_hh_norm or has_resets else None,
             d_p=p if p is not None and not plan.has_hh_norm else new(rows, direction.width),
             d_seen=wide((rows, direction.H)) if plan.has_c_norm else None,
             unprojected=new(rows, direction.H) if plan.is_projected else None,
@@ -179,7 +180,8 @@ class Backward:
         if "gain_hh" in p:
             self.add(("gain_hh", "bias_hh"), direction.norm_sums(chunk.p, p["gain_hh"], chunk.d_a))
         elif "bias_hh" in p:
-            self.add(["bias_hh"], [chunk.d_p.sum(0, dtype=torch.float32)])
+            d_a = chunk.d_p if chunk.d_a is None else chunk.d_a
+            self.add(["bias_hh"], [d_a.sum(0, dtype=torch.float32)])
         if "gain_ih" in p:
             self.add(("gain_ih", "bias_ih"), direction.norm_sums(raw, p["gain_ih"], d_x, d_v=d_x))
         elif "bias_ih" in p:
