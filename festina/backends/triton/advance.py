@@ -169,6 +169,15 @@ def retreat(x, p, h, c, d_h, d_c, w, col, mask, plan: tl.constexpr):
 
 
 @triton.jit
+def place(rows, first, width: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows and their places from `first` on, its columns, which rows there are, and the tile's mask."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    col = tl.arange(0, BLOCK)
+    is_row = row < rows
+    return row, tl.cast(first, tl.int64) + row, col, is_row, is_row[:, None] & (col < width)[None, :]
+
+
+@triton.jit
 def load_flags(ptr, n, is_row):
     """A flag a row, as `[rows, 1]`; False where there is no tensor to ask."""
     if ptr is None:
@@ -230,6 +239,7 @@ class Chunk(NamedTuple):
     d_p: Any  # [rows, G·H]: gradient of p, zero after a reset: it goes on to the h before
     d_seen: Any  # float32 [rows, H]: gradient of what the norm on c gave, if there is one
     unprojected: Any  # [rows, H]: h before its projection, if there is one
+    d_q: Any  # [rows, P]: gradient of the projected h, likewise
 
 
 @triton.jit

@@ -65,6 +65,27 @@ def chunked(sizes: Sequence[int], most: int) -> list[list[Run]]:
     return chunks
 
 
+@dataclass(frozen=True)
+class Gradients:
+    """What goes along on the way back through the steps of a direction.
+
+    Args:
+        output: of this direction's part of the output, rows `out_width` apart; None for zeros.
+        h, c: of the states, float32 `[B, ...]`, overwritten from step to step.
+        q: `[B, P]`, the last product d_p · W_hh, where it is not yet in h.
+    """
+
+    output: Tensor | None
+    h: Tensor
+    c: Tensor | None
+    q: Tensor
+
+    @property
+    def out_width(self) -> int:
+        """How far apart the rows of the output are."""
+        return 0 if self.output is None else self.output.stride(0)
+
+
 class Direction:
     """Direction `d` of a call, ready for kernels."""
 

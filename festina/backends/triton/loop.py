@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from festina.backends.triton.advance import Chunk, load_flags, step_back, step_on, zoneout, zoneout_backward
+from festina.backends.triton.advance import Chunk, load_flags, place, step_back, step_on, zoneout, zoneout_backward
 from festina.backends.triton.launch import block, launch, programs, rows_per_program
 from festina.backends.triton.norm import load_row, load_tiles, store_tiles
 
 if TYPE_CHECKING:
-    from festina.backends.triton.direction import Direction, Run
+    from festina.backends.triton.direction import Direction, Gradients, Run
 
 
 @triton.jit
@@ -68,11 +68,8 @@ def loop_forward(
 ):  # fmt: skip
     """`steps` steps of `rows` rows, with the weights of both products transposed. The states S_H and S_C are overwritten;
     C, where wanted, is c after every step."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    col, col_p = tl.arange(0, BH), tl.arange(0, BP)
-    is_row = row < rows
-    mask, mask_p = is_row[:, None] & (col < plan.H)[None, :], is_row[:, None] & (col_p < plan.P)[None, :]
-    n, at_row = tl.cast(first, tl.int64) + row, tl.cast(at, tl.int64) + row
+    row, n, col, is_row, mask = place(rows, first, plan.H, BM, BH)
+    _, at_row, col_p, _, mask_p = place(rows, at, plan.P, BM, BP)
     h = load_tiles(S_H, row, col_p, mask_p, plan.P, 1)[0]
     c = None
     if plan.has_c:
@@ -100,17 +97,13 @@ def loop_forward(
 
 @triton.jit(do_not_specialize=["first", "at", "stride", "steps", "rows"])
 def loop_backward(
-    chunk, D_OUT, D_Q, D_H, D_C, w, around, first, at, stride, steps, rows,
+    chunk, D_OUT, D_H, D_C, w, around, first, at, stride, steps, rows,
     plan: tl.constexpr, precision: tl.constexpr, out_width: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Back through `steps` steps, from the last one; D_H and D_C, the gradients of the states, are overwritten. D_Q, of
-    the whole chunk, is the gradient of the projected h."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    col, col_p = tl.arange(0, BH), tl.arange(0, BP)
-    is_row = row < rows
-    mask, mask_p = is_row[:, None] & (col < plan.H)[None, :], is_row[:, None] & (col_p < plan.P)[None, :]
-    n, at_row = tl.cast(first, tl.int64) + row, tl.cast(at, tl.int64) + row
+    """Back through `steps` steps, from the last one; D_H and D_C, the gradients of the states, are overwritten."""
+    row, n, col, is_row, mask = place(rows, first, plan.H, BM, BH)
+    _, at_row, col_p, _, mask_p = place(rows, at, plan.P, BM, BP)
     d_h = load_tiles(D_H, row, col_p, mask_p, plan.P, 1)[0]
     d_c = None
     if plan.has_c:
@@ -121,7 +114,7 @@ def loop_backward(
             d_h += load_tiles(D_OUT, n, col_p, mask_p, out_width, 1)[0]
         d_kept, d_new = zoneout_backward(d_h, around.keep_h, around.rate_h, n, col_p, mask_p, plan.P)
         if plan.is_projected:
-            store_tiles(D_Q, (d_new,), at_row, col_p, mask_p, plan.P, 1)
+            store_tiles(chunk.d_q, (d_new,), at_row, col_p, mask_p, plan.P, 1)
             d_new = dot(d_new, load_matrix(w.hr, col_p, col, plan.P, plan.H, plan.H), precision)
         d_p, d_old = step_back(chunk, d_new, d_c, w, around, is_reset, n, at_row, col, mask, plan)
         d_h = tl.where(is_reset, 0.0, d_kept) + recurrent_product_backward(d_p, w, col, col_p, plan, precision)
@@ -161,24 +154,13 @@ def forward(
     )  # fmt: skip
 
 
-def backward(
-    direction: Direction,
-    run: Run,
-    chunk: Chunk,
-    at: int,
-    d_output: Tensor | None,
-    d_q: Tensor | None,
-    q: Tensor,
-    d_h: Tensor,
-    d_c: Tensor | None,
-) -> None:
-    """Back through the steps of a run. The gradients of the states d_h and d_c go on; q, tier 1's, is left alone."""
+def backward(direction: Direction, run: Run, chunk: Chunk, at: int, gradients: Gradients) -> None:
+    """Back through the steps of a run, whose part of the chunk begins at row `at`."""
     first, stride = direction.places(run, backward=True)
     BM, BH, BP = rows_of(direction), block(direction.H), block(direction.P)
     launch(
         loop_backward, programs(run.rows, BM), BM * BH,
-        chunk=chunk, D_OUT=d_output, D_Q=d_q, D_H=d_h, D_C=d_c, w=direction.weights, around=direction.around,
-        first=first, at=at + first - run.start, stride=stride, steps=run.steps, rows=run.rows,
-        plan=direction.plan, precision=precision(), out_width=0 if d_output is None else d_output.stride(0),
-        BM=BM, BH=BH, BP=BP,
+        chunk=chunk, D_OUT=gradients.output, D_H=gradients.h, D_C=gradients.c, w=direction.weights,
+        around=direction.around, first=first, at=at + first - run.start, stride=stride, steps=run.steps, rows=run.rows,
+        plan=direction.plan, precision=precision(), out_width=gradients.out_width, BM=BM, BH=BH, BP=BP,
     )  # fmt: skip

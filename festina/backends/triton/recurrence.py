@@ -17,7 +17,7 @@ from torch import Tensor
 from festina.backends import Outputs
 from festina.backends.triton import loop, step
 from festina.backends.triton.advance import Chunk
-from festina.backends.triton.direction import Direction, Run
+from festina.backends.triton.direction import Direction, Gradients, Run
 from festina.reference import Call
 
 
@@ -91,9 +91,12 @@ def backward(
                 Direction(call, d),
                 output[:, d * P : (d + 1) * P],
                 None if c is None else c[d],
-                None if d_output is None else d_output[:, d * P :],
-                d_h[d],
-                None if d_c is None else d_c[d],
+                Gradients(
+                    None if d_output is None else d_output[:, d * P :],
+                    d_h[d],
+                    None if d_c is None else d_c[d],
+                    torch.zeros_like(call.h_0[d], memory_format=torch.contiguous_format),
+                ),
                 d_input,
                 {name for name, want in zip(names, parameters_wanted[d * len(names) :]) if want},
             )
@@ -113,14 +116,12 @@ class Backward:
         direction: Direction,
         output: Tensor,
         c: Tensor | None,
-        d_output: Tensor | None,
-        d_h: Tensor,
-        d_c: Tensor | None,
+        gradients: Gradients,
         d_input: Tensor | None,
         wanted: set[str],
     ) -> None:
-        self.direction, self.output, self.c, self.d_output = direction, output, c, d_output
-        self.d_h, self.d_c, self.d_input, self.wanted = d_h, d_c, d_input, wanted
+        self.direction, self.output, self.c, self.gradients = direction, output, c, gradients
+        self.d_input, self.wanted = d_input, wanted
         call = direction.call
         self.input = call.input.contiguous()
         self.first_h = call.h_0[direction.d]
@@ -130,17 +131,13 @@ class Backward:
     def run(self) -> list[Tensor]:
         """The gradients of the parameters, in their order; zeros where one is not wanted."""
         direction = self.direction
-        q = torch.zeros_like(self.d_h, dtype=self.input.dtype)
         for chunk in direction.chunks(backward=True):
             here = extent(chunk)
             buffers, raw = self.buffers(chunk, here)
-            d_q = self.input.new_empty(len(buffers.h), direction.P) if direction.plan.is_projected else None
             for run in chunk:
-                tier(direction).backward(
-                    direction, run, buffers, run.start - here.start, self.d_output, d_q, q, self.d_h, self.d_c
-                )
-            self.collect(here, buffers, raw, d_q)
-        self.d_h += q
+                tier(direction).backward(direction, run, buffers, run.start - here.start, self.gradients)
+            self.collect(here, buffers, raw)
+        self.gradients.h.add_(self.gradients.q)
         return [self.sums.get(name, torch.zeros_like(tensor)) for name, tensor in direction.p.items()]
 
     def buffers(self, chunk: Sequence[Run], here: slice) -> tuple[Chunk, Tensor]:
@@ -168,9 +165,10 @@ class Backward:
             d_p=p if p is not None and not plan.has_hh_norm else new(rows, direction.width),
             d_seen=wide((rows, direction.H)) if plan.has_c_norm else None,
             unprojected=new(rows, direction.H) if plan.is_projected else None,
+            d_q=new(rows, direction.P) if plan.is_projected else None,
         ), raw
 
-    def collect(self, here: slice, chunk: Chunk, raw: Tensor, d_q: Tensor | None) -> None:
+    def collect(self, here: slice, chunk: Chunk, raw: Tensor) -> None:
         """What the steps of a chunk left, added to the gradients of parameters and put into that of the input."""
         direction, p = self.direction, self.direction.p
         d_x = chunk.d_p if chunk.d_x is None else chunk.d_x
@@ -197,8 +195,8 @@ class Backward:
         if "weight_hh" in self.wanted:
             diagonal = direction.plan.is_diagonal
             self.add(["weight_hh"], [(chunk.d_p * chunk.h).sum(0) if diagonal else chunk.d_p.t() @ chunk.h])
-        if "weight_hr" in self.wanted and d_q is not None:
-            self.add(["weight_hr"], [d_q.t() @ chunk.unprojected])
+        if "weight_hr" in self.wanted:
+            self.add(["weight_hr"], [chunk.d_q.t() @ chunk.unprojected])
         if self.d_input is not None:
             self.d_input[here] += d_x @ p["weight_ih"]
 

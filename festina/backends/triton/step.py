@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from festina.backends.triton.advance import Chunk, load_flags, step_back, step_on, zoneout, zoneout_backward
+from festina.backends.triton.advance import Chunk, load_flags, place, step_back, step_on, zoneout, zoneout_backward
 from festina.backends.triton.launch import block, launch, programs, rows_per_program
 from festina.backends.triton.norm import load_tiles, store_tiles
 
 if TYPE_CHECKING:
-    from festina.backends.triton.direction import Direction, Run
+    from festina.backends.triton.direction import Direction, Gradients, Run
 
 
 @triton.jit
@@ -52,11 +52,7 @@ def step_forward(
 
     With a projection h goes to H_RAW, and `settle_forward` does the rest.
     """
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    col = tl.arange(0, BH)
-    is_row = row < rows
-    mask = is_row[:, None] & (col < plan.H)[None, :]
-    n = tl.cast(first, tl.int64) + row
+    row, n, col, is_row, mask = place(rows, first, plan.H, BM, BH)
     is_reset = load_flags(around.resets, n, is_row)
 
     products = load_tiles(P, row, col, mask, plan.H, plan.G)
@@ -83,11 +79,7 @@ def settle_forward(
     plan: tl.constexpr, out_width: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """What is left of a step after Q, the projected h."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    col = tl.arange(0, BP)
-    is_row = row < rows
-    mask = is_row[:, None] & (col < plan.P)[None, :]
-    n = tl.cast(first, tl.int64) + row
+    row, n, col, is_row, mask = place(rows, first, plan.P, BM, BP)
     is_reset = load_flags(around.resets, n, is_row)
     h = load_tiles(Q, row, col, mask, plan.P, 1)[0]
     settle(h, S_H, OUT, around, row, n, is_reset, col, mask, plan, out_width)
@@ -103,11 +95,7 @@ def step_backward(
 
     With a projection `settle_backward` ran before, and D_RAW is the gradient of h before its projection.
     """
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    col = tl.arange(0, BH)
-    is_row = row < rows
-    mask = is_row[:, None] & (col < plan.H)[None, :]
-    n = tl.cast(first, tl.int64) + row
+    row, n, col, is_row, mask = place(rows, first, plan.H, BM, BH)
     is_reset = load_flags(around.resets, n, is_row)
 
     d_kept, d_c = None, None
@@ -133,11 +121,7 @@ def settle_backward(
     plan: tl.constexpr, out_width: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Back through `settle_forward`; D_Q, of the whole chunk, is the gradient of the projected h."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    col = tl.arange(0, BP)
-    is_row = row < rows
-    mask = is_row[:, None] & (col < plan.P)[None, :]
-    n = tl.cast(first, tl.int64) + row
+    row, n, col, is_row, mask = place(rows, first, plan.P, BM, BP)
     is_reset = load_flags(around.resets, n, is_row)
     d_kept, d_h = unsettle(D_OUT, Q, D_H, around, row, n, is_reset, col, mask, plan, out_width)
     store_tiles(D_Q, (d_h,), tl.cast(at, tl.int64) + row, col, mask, plan.P, 1)
@@ -173,38 +157,28 @@ def forward(
             )  # fmt: skip
 
 
-def backward(
-    direction: Direction,
-    run: Run,
-    chunk: Chunk,
-    at: int,
-    d_output: Tensor | None,
-    d_q: Tensor | None,
-    q: Tensor,
-    d_h: Tensor,
-    d_c: Tensor | None,
-) -> None:
-    """Back through the steps of a run. The gradients of the states go on: that of h is d_h + q."""
+def backward(direction: Direction, run: Run, chunk: Chunk, at: int, gradients: Gradients) -> None:
+    """Back through the steps of a run, whose part of the chunk begins at row `at`."""
     plan, w = direction.plan, direction.p
     first, stride = direction.places(run, backward=True)
     rows, BH, BP = run.rows, block(plan.H), block(plan.P)
     BM = rows_per_program(BH)
-    out_width = 0 if d_output is None else d_output.stride(0)
-    unprojected = q.new_empty(rows, plan.H) if plan.is_projected else None
+    q, out_width = gradients.q, gradients.out_width
+    d_unprojected = q.new_empty(rows, plan.H) if plan.is_projected else None
     for t in range(run.steps):
         n = first + t * stride
         here = slice(at + n - run.start, at + n - run.start + rows)
-        if d_q is not None and unprojected is not None:
+        if d_unprojected is not None:
             launch(
                 settle_backward, programs(rows, BM), BM * BP,
-                D_OUT=d_output, Q=q, D_H=d_h, D_Q=d_q, around=direction.around, first=n, at=here.start, rows=rows,
-                plan=plan, out_width=out_width, BM=BM, BP=BP,
+                D_OUT=gradients.output, Q=q, D_H=gradients.h, D_Q=chunk.d_q, around=direction.around,
+                first=n, at=here.start, rows=rows, plan=plan, out_width=out_width, BM=BM, BP=BP,
             )  # fmt: skip
-            torch.mm(d_q[here], w["weight_hr"], out=unprojected)
+            torch.mm(chunk.d_q[here], w["weight_hr"], out=d_unprojected)
         launch(
             step_backward, programs(rows, BM), BM * BH,
-            chunk=chunk, D_OUT=d_output, D_RAW=unprojected, Q=q, D_H=d_h, D_C=d_c, w=direction.weights,
-            around=direction.around, first=n, at=here.start, rows=rows,
+            chunk=chunk, D_OUT=gradients.output, D_RAW=d_unprojected, Q=q, D_H=gradients.h, D_C=gradients.c,
+            w=direction.weights, around=direction.around, first=n, at=here.start, rows=rows,
             plan=plan, out_width=out_width, BM=BM, BH=BH,
         )  # fmt: skip
         torch.mm(chunk.d_p[here], w["weight_hh"], out=q[:rows])
