@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from cases import EVERY_PLAN, SIZES, TYPICAL, feature_sets
-from offline import quicken_interpreter
 
 from festina import backends, functional, norms, reference
 from festina.backends.triton import advance, direction, is_interpreting, loop, norm, steps
@@ -25,8 +24,6 @@ from festina.testing import TOLERANCES, Case, assert_close, evaluate, widened, w
 
 if not is_interpreting():
     pytest.skip("set TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
-
-quicken_interpreter()
 TIERS = ("loop", "step")
 
 

@@ -16,7 +16,7 @@ def normalize(v, mask, plan: tl.constexpr, spans: tl.constexpr):
     """Each tile normalised, and for each tile the reciprocal deviation `[rows, 1]` of its span; no gain yet."""
     normed, reciprocals = (), ()
     for s in tl.static_range(len(spans)):
-        count: tl.constexpr = plan.H * (spans[s][1] - spans[s][0])
+        count = plan.H * (spans[s][1] - spans[s][0])
         mean = tl.zeros_like(tl.sum(v[0], 1, keep_dims=True))
         if plan.centred:
             total = v[spans[s][0]]
@@ -39,7 +39,7 @@ def normalize_backward(d, normed, reciprocals, mask, plan: tl.constexpr, spans: 
     """The gradient of what `normalize` took, from that of what it gave."""
     d_v = ()
     for s in tl.static_range(len(spans)):
-        count: tl.constexpr = plan.H * (spans[s][1] - spans[s][0])
+        count = plan.H * (spans[s][1] - spans[s][0])
         total, along = tl.zeros_like(d[0]), tl.zeros_like(d[0])
         for g in tl.static_range(spans[s][0], spans[s][1]):
             inside = tl.where(mask, d[g], 0.0)
