@@ -10,6 +10,7 @@ kept, a graph of the gradients.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -139,7 +140,7 @@ def test_layout_of_masks_does_not_matter(case, backend, poisoned):
     masks = ("resets", "zoneout_mask", "zoneout_cell_mask")
     held = {name: mask for name in masks if (mask := getattr(call, name)) is not None}
     moved = {name: mask.repeat_interleave(2, dim=-1)[..., ::2] for name, mask in held.items()}
-    got = evaluate(functional.recurrence, Call(**{**vars(call), **moved}), cotangents)
+    got = evaluate(functional.recurrence, replace(call, **moved), cotangents)
     assert_close(got, want, TOLERANCES[case.dtype])
 
 
