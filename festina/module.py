@@ -185,7 +185,7 @@ class RecurrentBase(nn.Module):
             if strict and not self.norm.is_none:
                 missing_keys.append(key)
         else:
-            plan = NormPlan.from_json(bytes(saved.tolist()).decode())
+            plan = self.spec.cell.named(NormPlan.from_json(bytes(saved.tolist()).decode()))
             if plan != self.norm:
                 error_msgs.append(
                     f"{prefix}: the checkpoint was saved under the norm plan {plan}, this layer has {self.norm}; "

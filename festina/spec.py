@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-from festina.norms import NONE, NormPlan
+from festina.norms import NONE, PLANS, NormPlan
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class CellSpec:
         steps: the placements this cell admits, each with the name of the step function that serves it. A step sees two
             pre-activations (from x and from h), or the one normalised sum where the placement is `joint`.
         groups: the `NormPlan.groups` this cell admits.
+        early_step: the step that follows a reset gate which has already acted (`NormPlan.reset` other than `normed`);
+            None for a cell without one.
         diagonal: the recurrent weight is a vector, `u ⊙ h`: no recurrent bias, no recurrent norm.
         projects: the cell can project h (`proj_size`).
     """
@@ -34,6 +36,7 @@ class CellSpec:
     states: tuple[str, ...]
     steps: Mapping[str, str]
     groups: tuple[str, ...] = ("all", "gate")
+    early_step: str | None = None
     diagonal: bool = False
     projects: bool = False
 
@@ -50,7 +53,7 @@ class CellSpec:
         return slice(start, start + hidden_size)
 
     def fit(self, plan: NormPlan) -> NormPlan:
-        """The plan as this cell carries it out; a cell without c has no norm on c.
+        """The plan as this cell carries it out: without what acts on c, or on a reset gate, where there is none.
 
         Raises:
             ValueError: the cell has no such placement or grouping.
@@ -65,7 +68,20 @@ class CellSpec:
                 f"the norm plan {plan} does not fit the {self.name} cell: groups must be one of "
                 f"{', '.join(map(repr, self.groups))}, got {plan.groups!r}"
             )
-        return plan if "c" in self.states else replace(plan, cell="none")
+        if "c" not in self.states:
+            plan = replace(plan, cell="none", clip=None)
+        return plan if self.early_step else replace(plan, reset="normed")
+
+    def named(self, plan: NormPlan) -> NormPlan:
+        """The first of `norms.PLANS` that means for this cell what `plan` means, or `plan` if none does.
+
+        >>> GRU.named(GRU.fit(PLANS["FASTRNNS"]))
+        norms.HASTE
+        """
+        for known in PLANS.values():
+            if known.placement in self.steps and known.groups in self.groups and self.fit(known) == plan:
+                return known
+        return plan
 
 
 LSTM = CellSpec(
@@ -81,6 +97,7 @@ GRU = CellSpec(
     states=("h",),
     steps={"none": "gru", "separate": "gru", "joint": "gru_joint"},
     groups=("all", "gate", "gates|candidate"),
+    early_step="gru_early",
 )
 INDRNN = CellSpec(
     "indrnn",
@@ -140,6 +157,7 @@ class LayerSpec:
             ("gain", (G * H,), joint),
             ("bias", (G * H,), joint and self.bias),
             ("bias_inner", (G * H,), self.plan.inner_bias and self.bias),
+            ("bias_inner_hh", (G * H,), self.plan.inner_bias_hh and self.bias and matrix),
             ("gain_c", (H,), self.plan.cell != "none"),
             ("bias_c", (H,), self.plan.cell != "none" and self.bias),
         ]
@@ -164,7 +182,19 @@ class LayerSpec:
     @property
     def step(self) -> str:
         """The name of the step function that serves this layer."""
+        if self.plan.reset != "normed" and self.cell.early_step:
+            return self.cell.early_step
         return self.cell.steps[self.plan.placement]
+
+    @property
+    def rare(self) -> str | None:
+        """What this layer needs that only the reference has, as a phrase; a kernel that does not know it must refuse."""
+        phrases = {
+            "the reset gate acts before the norm": self.plan.reset != "normed",
+            "c is clipped": self.plan.clip is not None,
+            "a bias sits inside the recurrent norm": "bias_inner_hh" in self.parameter_names,
+        }
+        return next((phrase for phrase, needed in phrases.items() if needed), None)
 
     @cached_property
     def token(self) -> str:
