@@ -96,8 +96,8 @@ class NormPlan:
         return replace(self, eps=NONE.eps) == NONE
 
     def with_eps(self, eps: float) -> NormPlan:
-        """The same plan with another eps, and no name of its own."""
-        return replace(self, eps=eps, name=None)
+        """The same plan with another eps, and then without a name."""
+        return self if eps == self.eps else replace(self, eps=eps, name=None)
 
     def spans(self, gates: int) -> list[tuple[int, int]]:
         """The groups of gates that share statistics, as (first, past the last) pairs.
@@ -183,7 +183,7 @@ TORCHAUDIO = NormPlan("joint", cell="carried", name="TORCHAUDIO")
 SONNET = NormPlan("joint", name="SONNET")
 """DeepMind Sonnet 1's LSTM with use_layer_norm: one norm on the sum, none on c."""
 
-CAFFE2 = NormPlan("joint", inner_bias=True, name="CAFFE2")
+CAFFE2 = NormPlan("joint", eps=1e-4, inner_bias=True, name="CAFFE2")
 """Caffe2's LayerNormLSTMCell: `SONNET` with the biases inside the norm."""
 
 ICEFALL = NormPlan("joint", groups="gate", cell="carried", inner_bias=True, name="ICEFALL")
@@ -229,9 +229,7 @@ SHEEPRL = NormPlan("joint", eps=1e-3, name="SHEEPRL")
 DREAMER_V2 = NormPlan("joint", eps=1e-3, inner_bias=True, name="DREAMER_V2")
 """The GRU of DreamerV2, and sheeprl's LayerNormGRUCell with a bias: `DREAMER` with the linear layer's bias inside the norm."""
 
-ICEFALL_GRU = NormPlan(
-    "joint", groups="gate", inner_bias=True, inner_bias_hh=True, reset="product", name="ICEFALL_GRU"
-)
+ICEFALL_GRU = NormPlan("joint", groups="gate", inner_bias=True, inner_bias_hh=True, reset="product", name="ICEFALL_GRU")
 """icefall's LayerNormGRUCell: every gate on its own, n = tanh(N(x_n + r·h_n)), biases inside."""
 
 LINGVO_GRU = NormPlan("joint", groups="gate", eps=1e-8, reset="state", name="LINGVO_GRU")
