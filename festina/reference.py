@@ -188,7 +188,7 @@ def meet(layer: LayerSpec, x: Tensor, product: Tensor, p: dict[str, Tensor]) -> 
     """x's part of `project` and h's product, normalised and shifted: a pair, or their one sum where the norm is joint."""
     plan = layer.plan
     if plan.placement == "joint":
-        return (normalize(x + product, plan, p["gain"], p.get("bias")),)
+        return (normalize(x + product, plan, p["gain_joint"], p.get("bias_joint")),)
     if "gain_hh" in p:
         return x, normalize(product, plan, p["gain_hh"], p.get("bias_hh"))
     if "bias_hh" in p:
@@ -199,10 +199,7 @@ def meet(layer: LayerSpec, x: Tensor, product: Tensor, p: dict[str, Tensor]) -> 
 def reset_early(layer: LayerSpec, pre: PreActivations, product: Tensor, h: Tensor, p: dict[str, Tensor]) -> Tensor:
     """h's product with the reset gate in its last block, the candidate's; the gate is that of `pre`, order r z n."""
     r = torch.sigmoid(total(pre)[:, 0])
-    if layer.plan.reset == "state":
-        again = recur(layer, (r * h).to(h.dtype), p)
-    else:
-        again = r.unsqueeze(1) * product
+    again = recur(layer, (r * h).to(h.dtype), p) if layer.plan.reset == "state" else r.unsqueeze(1) * product
     return torch.cat([wide(product)[:, :-1], wide(again)[:, -1:]], 1)
 
 

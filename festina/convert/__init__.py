@@ -6,12 +6,11 @@ Every format is a table in a module of this package, one module a project; its d
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from festina import layers
 from festina.convert import (
@@ -37,7 +36,7 @@ from festina.layers import Recurrent
 
 __all__ = ["FORMATS", "ConvertError", "dump", "load", "names", "table", "to_torch"]
 
-FORMATS = {
+FORMATS: dict[str, Callable[..., Table]] = {
     name: make
     for module in (
         own,
@@ -111,8 +110,8 @@ def load(
 
     Args:
         name: the format, one of `names()`.
-        state_dict: torch tensors or NumPy arrays by the project's own names, as its framework's checkpoint lists them; a `:0` at
-            the end is TensorFlow's and does not count. The layer's dtype and device are theirs (of several dtypes the widest).
+        state_dict: torch tensors or NumPy arrays by the names of the project's own checkpoint; a `:0` at the end, which is
+            TensorFlow's, does not count. The layer's dtype and device are theirs (of several dtypes the widest).
         prefix: take only the names that begin so, without it: `encoder.rnn.`.
         batch_first, dropout, zoneout, zoneout_cell, dropconnect: as in `festina.LSTM`; no checkpoint holds them.
         options: what else the checkpoint does not hold, such as `eps`; the format's function in `FORMATS` lists its own.
@@ -213,8 +212,7 @@ def to_torch(layer: Recurrent) -> nn.LSTM | nn.GRU:
         raise ConvertError(f"to_torch: {'; '.join(reasons)}")
     first = layer.layer_parameters()[0]
     sizes = {"proj_size": layer.proj_size} if layer.proj_size else {}
-    plain = skip_init(
-        torch_classes[layer.spec.cell.name],
+    plain = torch_classes[layer.spec.cell.name](
         layer.input_size,
         layer.hidden_size,
         layer.num_layers,
@@ -222,9 +220,9 @@ def to_torch(layer: Recurrent) -> nn.LSTM | nn.GRU:
         layer.batch_first,
         layer.dropout,
         layer.bidirectional,
-        device=first.device,
+        device="meta",
         dtype=first.dtype,
         **sizes,
-    )
+    ).to_empty(device=first.device)
     plain.load_state_dict(layer.state_dict())
     return plain.train(layer.training)

@@ -36,8 +36,8 @@ def dreamerv3_torch(eps: float = 1e-3, order: str = "xh") -> Table:
         "rnz",
         {
             "layers.GRU_linear.weight": joined(order),
-            "layers.GRU_norm.weight": "gain",
-            "layers.GRU_norm.bias": "bias",
+            "layers.GRU_norm.weight": "gain_joint",
+            "layers.GRU_norm.bias": "bias_joint",
         },
         aliases={
             "layers.GRU_linear.weight": "_layer.weight",
@@ -63,8 +63,8 @@ def dreamerv2(eps: float = 1e-3, order: str = "xh") -> Table:
         {
             "dense/kernel": flip(joined(order)),
             "dense/bias?": "bias_inner",
-            "layer_normalization/gamma": "gain",
-            "layer_normalization/beta": "bias",
+            "layer_normalization/gamma": "gain_joint",
+            "layer_normalization/beta": "bias_joint",
         },
     )
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from festina.convert.layout import Block, Described, Layout, Shape, layout
 from festina.layers import Recurrent
-from festina.norms import NONE, NormPlan
+from festina.module import PLAN_KEY, saved_plan
+from festina.norms import NormPlan
 from festina.spec import CellSpec, LayerSpec
 
 
@@ -69,10 +70,6 @@ class Table:
         return next((name for name in names if name in state), names[0])
 
 
-_PLAN_KEY = "_extra_state"
-"""Where a state dict of ours keeps its plan."""
-
-
 def read(
     table: Table, state: Mapping[str, Tensor]
 ) -> tuple[LayerSpec, tuple[int, int, int], list[list[dict[str, Tensor]]]]:
@@ -87,8 +84,10 @@ def read(
     state = dict(state)
     plan = table.plan
     if plan is None:
-        saved = state.pop(_PLAN_KEY, None)
-        plan = NONE if saved is None else NormPlan.from_json(bytes(saved.tolist()).decode())
+        plan = saved_plan(state, "")
+        if plan is None:
+            raise ConvertError(f"the state dict has gains but does not say where they belong: {PLAN_KEY} is missing")
+        state.pop(PLAN_KEY, None)
     for key in table.stacked:
         if key in state:
             state.update({f"{key}.{l}": part for l, part in enumerate(state.pop(key).unbind(0))})
@@ -99,7 +98,7 @@ def read(
     spec = specialise(table.cell, plan, layouts.values(), D)
     expected = [name for here in names.values() for name in here.values()]
     fed = _fed(layouts.values())
-    unfed = [name for name in spec.parameter_names if name not in fed and not name.startswith("bias")]
+    unfed = [name for name in spec.parameter_names if name not in fed and not name.startswith("bias_joint")]
     missing = [name for name in expected if name not in state] + [table.full(name, scope, 0, 0) for name in unfed]
     unknown = sorted(state.keys() - set(expected))
 
@@ -160,7 +159,7 @@ def write(table: Table, layer: Recurrent) -> dict[str, Tensor]:
     for key in table.stacked:
         state[key] = torch.stack([state.pop(f"{key}.{l}") for l in range(L)])
     if table.plan is None and not spec.plan.is_none:
-        state[_PLAN_KEY] = torch.tensor(list(spec.plan.to_json().encode()), dtype=torch.uint8)
+        state[PLAN_KEY] = torch.tensor(list(spec.plan.to_json().encode()), dtype=torch.uint8)
     return state
 
 
@@ -175,7 +174,7 @@ def specialise(cell: CellSpec, plan: NormPlan, layouts: Iterable[Layout], direct
     )
     if held != plan or not plan.name:
         plan = cell.named(replace(held, name=None))
-    return LayerSpec(cell, plan, any(name.startswith("bias") for name in fed), "weight_hr" in fed, directions)
+    return LayerSpec(cell, plan, any(name.startswith("bias_joint") for name in fed), "weight_hr" in fed, directions)
 
 
 def assemble(
@@ -234,7 +233,7 @@ def disassemble(
         if block.unused:
             return like.new_full(shapes[block.name], block.plus)
         value = parameters.get(block.name, like.new_zeros(shapes[block.name]))
-        if block.fold in parameters:
+        if block.fold and block.fold in parameters:
             value = value + parameters[block.fold]
         ours = _gates(spec, Block(block.name))
         by_gate = dict(zip(ours, value.chunk(len(ours)), strict=True))

@@ -6,10 +6,11 @@ direction='bidirectional' has its variables under `fw/` and `bw/`; what stands b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from festina.convert.engine import Table
-from festina.convert.layout import Block, columns, flip, rows, stack
+from festina.convert.layout import Block, Described, columns, flip, rows, stack
 from festina.norms import HASTE, NONE
 from festina.spec import GRU, INDRNN, LSTM
 
@@ -30,7 +31,7 @@ def lstm() -> Table:
 
 def layer_norm_lstm() -> Table:
     """frameworks/pytorch/layer_norm_lstm.py, LayerNormLSTM."""
-    norm = {"gamma": stack("gain_ih", "gain_hh"), "gamma_h": "gain_c", "beta_h": "bias_c"}
+    norm: dict[str, Described] = {"gamma": stack("gain_ih", "gain_hh"), "gamma_h": "gain_c", "beta_h": "bias_c"}
     return replace(lstm(), plan=HASTE, keys={**lstm().keys, **norm})
 
 
@@ -65,34 +66,34 @@ def layer_norm_indrnn() -> Table:
     return replace(indrnn(), plan=HASTE, keys={**indrnn().keys, "gamma": gamma})
 
 
-def _tf(table: Table, **changed: object) -> Table:
+def _tf(table: Table, changed: Mapping[str, Described | None] | None = None) -> Table:
     """The table as haste_tf has it, with these layouts changed; None leaves a name out."""
-    keys = {**table.keys, **changed}
+    keys = {**table.keys, **(changed or {})}
     return replace(table, keys={key: part for key, part in keys.items() if part}, scopes=("{key}", "{fw}/{key}"))
 
 
-_BOTH = {"kernel": flip(columns("weight_ih", "weight_hh")), "recurrent_kernel": None}
-_BIASES = {"bias": rows("bias_ih", "bias_hh"), "recurrent_bias": None}
+_BOTH: dict[str, Described | None] = {"kernel": flip(columns("weight_ih", "weight_hh")), "recurrent_kernel": None}
+_BIASES: dict[str, Described | None] = {"bias": rows("bias_ih", "bias_hh"), "recurrent_bias": None}
 
 
 def tf_lstm() -> Table:
     """frameworks/tf/lstm.py, LSTM."""
-    return _tf(lstm(), **_BOTH)
+    return _tf(lstm(), _BOTH)
 
 
 def tf_layer_norm_lstm() -> Table:
     """frameworks/tf/layer_norm_lstm.py, LayerNormLSTM."""
-    return _tf(layer_norm_lstm(), **_BOTH)
+    return _tf(layer_norm_lstm(), _BOTH)
 
 
 def tf_gru() -> Table:
     """frameworks/tf/gru.py, GRU."""
-    return _tf(gru(), **_BOTH, **_BIASES)
+    return _tf(gru(), {**_BOTH, **_BIASES})
 
 
 def tf_layer_norm_gru() -> Table:
     """frameworks/tf/layer_norm_gru.py, LayerNormGRU."""
-    return _tf(layer_norm_gru(), **_BOTH, **_BIASES)
+    return _tf(layer_norm_gru(), {**_BOTH, **_BIASES})
 
 
 def tf_indrnn() -> Table:

@@ -18,7 +18,7 @@ def _norms(gates: dict[str, str]) -> dict[str, Block]:
     return {
         f"layernorm_{name}.{part}": Block(ours, gate)
         for name, gate in gates.items()
-        for part, ours in (("weight", "gain"), ("bias", "bias"))
+        for part, ours in (("weight", "gain_joint"), ("bias", "bias_joint"))
     }
 
 

@@ -1,7 +1,7 @@
-"""Lingvo (lingvo/core/rnn_cell.py): one kernel, the rows of x above those of m, our h; gates i_i (our g), i_g (our i), f_g, o_g.
+"""Lingvo (lingvo/core/rnn_cell.py): one kernel, the rows of x above those of m, our h.
 
-`w_proj` is there with num_hidden_nodes. Lingvo's zo_prob is both our zoneout and our zoneout_cell. Its coupled input and forget
-gates and its output without tanh are other cells.
+Its gates are i_i (our g), i_g (our i), f_g, o_g. `w_proj` is there with num_hidden_nodes. Its zo_prob is both our zoneout and our
+zoneout_cell. Coupled input and forget gates, and an output without tanh, make other cells.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def simple(eps: float = 1e-8, forget_gate_bias: float = 0.0, cell_value_cap: flo
         LSTM,
         replace(LINGVO, eps=eps, clip=cell_value_cap, name=None),
         "gifo",
-        {**_WEIGHTS, "ln_scale": "gain", "b": Block("bias", plus=forget_gate_bias, plus_gates="f")},
+        {**_WEIGHTS, "ln_scale": "gain_joint", "b": Block("bias_joint", plus=forget_gate_bias, plus_gates="f")},
     )
 
 
@@ -43,12 +43,12 @@ def lean(eps: float = 1e-8, enable_ln_on_c: bool = True, cell_value_cap: float |
     """
     norms: dict[str, Described] = {}
     for name, gate in _GATES.items():
-        norms |= {f"ln_scale_{name}": Block("gain", gate, plus=1.0), f"bias_{name}?": Block("bias", gate)}
+        norms |= {f"ln_scale_{name}": Block("gain_joint", gate, plus=1.0), f"bias_{name}?": Block("bias_joint", gate)}
     if enable_ln_on_c:
         norms |= {"ln_scale_c": Block("gain_c", plus=1.0), "bias_c?": "bias_c"}
     plan = LINGVO_LEAN if enable_ln_on_c else TFLITE
     plan = replace(plan, eps=eps, clip=cell_value_cap, name=None)
-    return Table(LSTM, plan, "gifo", {**_WEIGHTS, "b?": "bias", **norms})
+    return Table(LSTM, plan, "gifo", {**_WEIGHTS, "b?": "bias_joint", **norms})
 
 
 FORMATS = {

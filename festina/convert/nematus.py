@@ -1,7 +1,7 @@
 """The GRU that Ba et al. published (ryankiros/layer-norm, layers.py) and that Nematus took over (nematus/layers.py).
 
-Kernels are [in, out]; the gates r and u, our z, stand in one tensor and the candidate in another. The names are those of Theano's
-parameters after the layer's `encoder_` and the like, which is the `prefix`.
+Kernels are [in, out]; the gates r and u, our z, stand in one tensor and the candidate in another. The names are those of the
+Theano parameters after `encoder_` and the like, which is the `prefix`.
 """
 
 from __future__ import annotations

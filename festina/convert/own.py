@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from festina.convert.engine import Table
-from festina.spec import GRU, INDRNN, INDRNN_RELU, LSTM, CellSpec
-
-_MAYBE = ("bias_ih", "bias_hh", "weight_hr", "gain_ih", "gain_hh", "gain", "bias", "bias_inner", "bias_inner_hh")
-_MAYBE_C = ("gain_c", "bias_c")
+from festina.norms import PLANS
+from festina.spec import GRU, INDRNN, INDRNN_RELU, LSTM, CellSpec, LayerSpec
 
 
 def _own(cell: CellSpec) -> Table:
-    keys = {"weight_ih": "weight_ih", "weight_hh": "weight_hh", **{f"{name}?": name for name in (*_MAYBE, *_MAYBE_C)}}
+    specs = [LayerSpec(cell, plan, projected=cell.projects) for plan in PLANS.values() if cell.admits(plan)]
+    names = dict.fromkeys(name for spec in specs for name in spec.parameter_names)
+    keys = {name if name in ("weight_ih", "weight_hh") else f"{name}?": name for name in names}
     return Table(cell, None, "".join(cell.gates), keys, ("{key}", "{key}_l{l}{reverse}"))
 
 

@@ -22,8 +22,8 @@ def layer_norm_gru_cell(eps: float = 1e-3, order: str = "hx") -> Table:
         {
             "linear.weight": joined(order),
             "linear.bias?": "bias_inner",
-            "layer_norm.weight": "gain",
-            "layer_norm.bias": "bias",
+            "layer_norm.weight": "gain_joint",
+            "layer_norm.bias": "bias_joint",
         },
     )
 

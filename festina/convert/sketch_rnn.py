@@ -21,8 +21,8 @@ def layer_norm_lstm_cell(forget_bias: float = 1.0) -> Table:
         {
             "W_xh": flip("weight_ih"),
             "W_hh": flip("weight_hh"),
-            "ln_all/ln_gamma": "gain",
-            "ln_all/ln_beta": Block("bias", plus=forget_bias, plus_gates="f"),
+            "ln_all/ln_gamma": "gain_joint",
+            "ln_all/ln_beta": Block("bias_joint", plus=forget_bias, plus_gates="f"),
             "ln_c/ln_gamma": "gain_c",
             "ln_c/ln_beta": "bias_c",
         },

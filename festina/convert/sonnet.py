@@ -16,9 +16,9 @@ def lstm(eps: float = 1e-5, forget_bias: float = 1.0, layer_norm: bool = True) -
         forget_bias: what it was built with; the checkpoint does not hold it.
         layer_norm: its use_layer_norm.
     """
-    shift = Block("bias" if layer_norm else "bias_ih", plus=forget_bias, plus_gates="f")
+    shift = Block("bias_joint" if layer_norm else "bias_ih", plus=forget_bias, plus_gates="f")
     keys: dict[str, Described] = {"w_gates": flip(columns("weight_ih", "weight_hh")), "b_gates": shift}
-    norm = {"layer_norm/gamma": "gain", "layer_norm/beta": "bias"}
+    norm = {"layer_norm/gamma": "gain_joint", "layer_norm/beta": "bias_joint"}
     plan = SONNET.with_eps(eps) if layer_norm else NONE
     return Table(LSTM, plan, "igfo", {**keys, **norm} if layer_norm else keys)
 

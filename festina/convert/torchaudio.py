@@ -14,7 +14,12 @@ def custom_lstm(eps: float = 1e-5, layer_norm: bool = True) -> Table:
         eps: its layer_norm_epsilon; 1e-3 in emformer_rnnt_base and so in the EMFORMER_RNNT_* bundles.
         layer_norm: what it was built with.
     """
-    norm = {"g_norm.weight": "gain", "g_norm.bias": "bias", "c_norm.weight": "gain_c", "c_norm.bias": "bias_c"}
+    norm = {
+        "g_norm.weight": "gain_joint",
+        "g_norm.bias": "bias_joint",
+        "c_norm.weight": "gain_c",
+        "c_norm.bias": "bias_c",
+    }
     return Table(
         LSTM,
         TORCHAUDIO.with_eps(eps) if layer_norm else NONE,
