@@ -98,7 +98,7 @@ def read(
     spec = specialise(table.cell, plan, layouts.values(), D)
     expected = [name for here in names.values() for name in here.values()]
     fed = _fed(layouts.values())
-    unfed = [name for name in spec.parameter_names if name not in fed and not name.startswith("bias_joint")]
+    unfed = [name for name in spec.parameter_names if name not in fed and not name.startswith("bias")]
     missing = [name for name in expected if name not in state] + [table.full(name, scope, 0, 0) for name in unfed]
     unknown = sorted(state.keys() - set(expected))
 
@@ -174,7 +174,7 @@ def specialise(cell: CellSpec, plan: NormPlan, layouts: Iterable[Layout], direct
     )
     if held != plan or not plan.name:
         plan = cell.named(replace(held, name=None))
-    return LayerSpec(cell, plan, any(name.startswith("bias_joint") for name in fed), "weight_hr" in fed, directions)
+    return LayerSpec(cell, plan, any(name.startswith("bias") for name in fed), "weight_hr" in fed, directions)
 
 
 def assemble(

@@ -1,7 +1,7 @@
 """Lingvo (lingvo/core/rnn_cell.py): one kernel, the rows of x above those of m, our h.
 
-Its gates are i_i (our g), i_g (our i), f_g, o_g. `w_proj` is there with num_hidden_nodes. Its zo_prob is both our zoneout and our
-zoneout_cell. Coupled input and forget gates, and an output without tanh, make other cells.
+Its gates are i_i (our g), i_g (our i), f_g, o_g. `w_proj` is there with num_hidden_nodes. Its zo_prob is both our zoneout and
+our zoneout_cell. Coupled input and forget gates, and an output without tanh, make other cells.
 """
 
 from __future__ import annotations
