@@ -53,7 +53,7 @@ class CellSpec:
         return slice(start, start + hidden_size)
 
     def fit(self, plan: NormPlan) -> NormPlan:
-        """The plan as this cell carries it out: without what acts on c, or on a reset gate, where there is none.
+        """The plan as this cell carries it out: without what acts on c, on a reset gate or on h's product where there is none.
 
         Raises:
             TypeError: `plan` is no plan.
@@ -75,6 +75,8 @@ class CellSpec:
             )
         if "c" not in self.states:
             plan = replace(plan, cell="none", clip=None)
+        if self.diagonal:
+            plan = replace(plan, inner_bias_hh=False)
         return plan if self.early_step else replace(plan, reset="normed")
 
     def admits(self, plan: NormPlan) -> bool:

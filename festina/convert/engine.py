@@ -102,26 +102,23 @@ def read(
     missing = [name for name in expected if name not in state] + [table.full(name, scope, 0, 0) for name in unfed]
     unknown = sorted(state.keys() - set(expected))
 
-    sizes = _solve(
-        spec, [(layouts[key], tuple(state[name].shape)) for key, name in names[0, 0].items() if name in state]
-    )
-    misshapen = []
-    parameters: list[list[dict[str, Tensor]]] = []
-    for l in range(L if sizes else 0):
-        assert sizes is not None
-        I, H, P = sizes
-        shapes = spec.parameter_shapes(D * P if l else I, H, P)
-        parameters.append([])
-        for d in range(D):
-            held = [(layouts[key], state[name], name) for key, name in names[l, d].items() if name in state]
-            wrong = [_mismatch(spec, part, tensor, name, shapes) for part, tensor, name in held]
-            misshapen += [text for text in wrong if text]
-            if not (missing or unknown or misshapen):
-                parameters[-1].append(assemble(spec, table.gates, [(part, tensor) for part, tensor, _ in held], shapes))
-    if sizes is None and not missing:
-        misshapen += [f"{name} {list(state[name].shape)}" for name in expected]
+    held = [(l, layouts[key], name) for (l, _), here in names.items() for key, name in here.items() if name in state]
+    sizes = _solve(spec, [(part, tuple(state[name].shape)) for l, part, name in held if l == 0])
+    if sizes is None:
+        misshapen = [] if missing else [f"{name} {list(state[name].shape)}" for name in expected]
+    else:
+        checked = [_mismatch(spec, part, state[name], name, _shapes(spec, sizes, l)) for l, part, name in held]
+        misshapen = [text for text in checked if text]
     _complain("the state dict does not fit", {"missing": missing, "unknown": unknown, "misshapen": misshapen})
-    assert sizes is not None
+    assert sizes is not None  # else something was missing or misshapen
+    parameters = [
+        [
+            assemble(spec, table.gates, [(layouts[key], state[name]) for key, name in names[l, d].items()], shapes)
+            for d in range(D)
+        ]
+        for l in range(L)
+        for shapes in [_shapes(spec, sizes, l)]
+    ]
     return spec, sizes, parameters
 
 
@@ -152,8 +149,8 @@ def write(table: Table, layer: Recurrent) -> dict[str, Tensor]:
     for l, d in places:
         names = spec.parameter_names
         held = dict(zip(names, layer.layer_parameters(l)[d * len(names) :]))
-        I = layer.output_size * D if l else layer.input_size
-        shapes = replace(spec, bias=True).parameter_shapes(I, layer.hidden_size, layer.output_size)
+        sizes = (layer.input_size, layer.hidden_size, layer.output_size)
+        shapes = _shapes(replace(spec, bias=True), sizes, l)
         parts = disassemble(spec, table.gates, layouts, held, shapes)
         state.update({table.full(key, scopes[0], l, d): part for key, part in parts.items()})
     for key in table.stacked:
@@ -246,6 +243,12 @@ def disassemble(
         return torch.cat(parts)
 
     return {key: part.join(get) for key, part in layouts.items()}
+
+
+def _shapes(spec: LayerSpec, sizes: tuple[int, int, int], l: int) -> dict[str, Shape]:
+    """The shapes of the parameters of layer `l`; above the first, x is what both directions below gave."""
+    I, H, P = sizes
+    return spec.parameter_shapes(spec.directions * P if l else I, H, P)
 
 
 def _fed(layouts: Iterable[Layout]) -> set[str]:

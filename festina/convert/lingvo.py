@@ -33,22 +33,27 @@ def simple(eps: float = 1e-8, forget_gate_bias: float = 0.0, cell_value_cap: flo
     )
 
 
-def lean(eps: float = 1e-8, enable_ln_on_c: bool = True, cell_value_cap: float | None = None) -> Table:
+def lean(
+    eps: float = 1e-8,
+    enable_ln_on_c: bool = True,
+    cell_value_cap: float | None = None,
+    enable_lstm_bias: bool = False,
+) -> Table:
     """LayerNormalizedLSTMCellLean: it stores gains less 1.
 
     Args:
         eps: its layer_norm_epsilon.
         enable_ln_on_c: whether c is normalised for the output.
         cell_value_cap: the bound of c; None for none.
+        enable_lstm_bias: whether there is a `b`, which is added after the norms.
     """
-    norms: dict[str, Described] = {}
+    norms: dict[str, Described] = {"b": "bias_joint"} if enable_lstm_bias else {}
     for name, gate in _GATES.items():
         norms |= {f"ln_scale_{name}": Block("gain_joint", gate, plus=1.0), f"bias_{name}?": Block("bias_joint", gate)}
     if enable_ln_on_c:
         norms |= {"ln_scale_c": Block("gain_c", plus=1.0), "bias_c?": "bias_c"}
     plan = LINGVO_LEAN if enable_ln_on_c else TFLITE
-    plan = replace(plan, eps=eps, clip=cell_value_cap, name=None)
-    return Table(LSTM, plan, "gifo", {**_WEIGHTS, "b?": "bias_joint", **norms})
+    return Table(LSTM, replace(plan, eps=eps, clip=cell_value_cap, name=None), "gifo", {**_WEIGHTS, **norms})
 
 
 FORMATS = {
