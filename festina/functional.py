@@ -159,6 +159,17 @@ def check_parameters(cell: str, norm: NormPlan, per_direction: Sequence[Paramete
     return spec, H, P
 
 
+def check_flags(**flags: bool) -> None:
+    """Raise unless every flag is a bool, as in `torch.nn`: an argument in a wrong place shows.
+
+    Raises:
+        TypeError: it is not.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
 def check_rates(cell: CellSpec, **rates: float) -> None:
     """Raise unless every rate is a number in [0, 1], and `zoneout_cell` is 0 where the cell has no c.
 

@@ -66,6 +66,7 @@ class Recurrent(RecurrentBase):
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         functional.check_rates(self.cell_spec, dropout=dropout)
+        functional.check_flags(batch_first=batch_first, bidirectional=bidirectional)
         if dropout and num_layers == 1:
             warnings.warn(f"dropout={dropout} acts between layers, and there is only one layer", stacklevel=2)
         plan = self.default_norm if norm is None else norm

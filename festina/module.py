@@ -57,6 +57,7 @@ class RecurrentBase(nn.Module):
             raise ValueError(f"proj_size must lie in [0, hidden_size) = [0, {hidden_size}), got {proj_size}")
         if proj_size and not spec.cell.projects:
             raise ValueError(f"proj_size must be 0: the {spec.cell.name} cell has no projection, got {proj_size}")
+        functional.check_flags(bias=spec.bias)
         functional.check_rates(spec.cell, zoneout=zoneout, zoneout_cell=zoneout_cell, dropconnect=dropconnect)
         if forget_bias is not None and not (
             isinstance(forget_bias, (int, float)) and not isinstance(forget_bias, bool) and math.isfinite(forget_bias)

@@ -163,8 +163,11 @@ class _Draw:
         values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         return (mean + scale * values).to(self.dtype).to(self.device)
 
-    def mask(self, rate: float, *shape: int) -> Tensor:
-        return (torch.rand(shape, generator=self.generator, dtype=torch.float64) < rate).to(self.device)
+    def mask(self, rate: float, directions: int, *shape: int) -> Tensor:
+        """True in `rate` of the places of each direction and in one at least: a mask that is never set tests nothing."""
+        size = math.prod(shape)
+        order = torch.stack([torch.randperm(size, generator=self.generator) for _ in range(directions)])
+        return (order < max(1, round(rate * size))).view(directions, *shape).to(self.device)
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if name.startswith("gain"):

@@ -62,9 +62,10 @@ NARROW_PLANS = {
 }
 
 
-def fits(cell: CellSpec, plan: NormPlan) -> bool:
-    """The cell can carry out the plan, and no field of it is idle there."""
-    return plan.placement in cell.steps and plan.groups in cell.groups and cell.fit(plan).cell == plan.cell
+def plans(cell: CellSpec) -> list[NormPlan]:
+    """Every plan that fits the cell, once: of those that are one function there, the first."""
+    fitting = [p for p in (*norms.PLANS.values(), *RAW_PLANS) if p.placement in cell.steps and p.groups in cell.groups]
+    return list({cell.fit(plan): plan for plan in reversed(fitting)}.values())[::-1]
 
 
 def feature_sets(cell: CellSpec) -> Iterator[tuple[str, ...]]:
@@ -80,40 +81,38 @@ def feature_sets(cell: CellSpec) -> Iterator[tuple[str, ...]]:
 def _by_plan() -> Iterator[Case]:
     """Each plan with each cell it fits; raw ones go through the features in turn."""
     for cell in CELLS.values():
-        for plan, dtype in product(norms.PLANS.values(), DTYPES):
-            if plan.placement in cell.steps and plan.groups in cell.groups:
-                yield Case(cell.name, plan, B=3, H=17, dtype=dtype)
-        turns = cycle(((), *feature_sets(cell)))
-        for plan in RAW_PLANS:
-            if fits(cell, plan):
+        turns = cycle(feature_sets(cell))
+        for plan in plans(cell):
+            if plan.name:
+                for dtype in DTYPES:
+                    yield Case(cell.name, plan, B=3, H=17, dtype=dtype)
+            else:
                 yield Case(cell.name, plan, B=3, I=6, H=9)
                 yield Case(cell.name, plan, T=4, B=4, H=9, features=next(turns))
 
 
 def _by_feature() -> Iterator[Case]:
-    for name, plans in TYPICAL.items():
-        for plan, features, dtype in product(plans, feature_sets(CELLS[name]), DTYPES):
+    for name, typical in TYPICAL.items():
+        for plan, features, dtype in product(typical, feature_sets(CELLS[name]), DTYPES):
             yield Case(name, plan, T=4, B=4, H=9, dtype=dtype, features=features)
         if CELLS[name].projects:
-            for plan, features in product(plans[:2], ((), *feature_sets(CELLS[name]))):
+            for plan, features in product(typical[:2], ((), *feature_sets(CELLS[name]))):
                 yield Case(name, plan, T=4, B=4, H=9, P=5, features=features)
 
 
 def _by_size() -> Iterator[Case]:
-    for name, plans in TYPICAL.items():
-        for plan, (T, B, I, H) in product(plans, SIZES):
+    for name, typical in TYPICAL.items():
+        for plan, (T, B, I, H) in product(typical, SIZES):
             yield Case(name, plan, T, B, I, H)
     for name, (T, B, I, H) in product(("lstm", "gru"), WIDE):
         yield Case(name, norms.HASTE, T, B, I, H)
-    for name, plans in NARROW_PLANS.items():
-        for plan, (T, B, I, H) in product(plans, NARROW):
+    for name, narrow in NARROW_PLANS.items():
+        for plan, (T, B, I, H) in product(narrow, NARROW):
             yield Case(name, plan, T, B, I, H)
 
 
-EVERY_PLAN: list[tuple[str, NormPlan]] = [
-    (cell.name, plan) for cell in CELLS.values() for plan in (*norms.PLANS.values(), *RAW_PLANS) if fits(cell, plan)
-]
-"""Each cell with each plan that it can carry out and that has no idle field there."""
+EVERY_PLAN: list[tuple[str, NormPlan]] = [(cell.name, plan) for cell in CELLS.values() for plan in plans(cell)]
+"""Each cell with each of its `plans`."""
 
 CASES: list[Case] = list(dict.fromkeys((*_by_plan(), *_by_feature(), *_by_size())))
 

@@ -1,8 +1,7 @@
 """Every backend against the reference in float64, through the operators: outputs, final states, every gradient.
 
-The tolerances are `festina.testing.TOLERANCES`. Over `CASES`, eager in float32 comes to 2.8e-6 at worst (an output that
-happens to be near zero; 2.6e-6 for gradients) where 1e-5 is allowed; `test_mutants.py` shows that wrong equations are
-far above it.
+The tolerances are `festina.testing.TOLERANCES`. Over `CASES`, eager in float32 comes to 3.3e-6 at worst where 1e-5 is
+allowed; `test_mutants.py` shows that wrong equations are far above it.
 
 eager in float64 is the reference itself, so what it is tested for here is the operators: subsets of gradients, a graph
 kept, a graph of the gradients.

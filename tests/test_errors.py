@@ -41,6 +41,8 @@ CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"dropconnect": "0.1"}, ValueError, r"dropconnect must be a probability in \[0, 1\], got '0.1'"),
     ({"dropconnect": -0.1}, ValueError, r"dropconnect must be a probability in \[0, 1\], got -0.1"),
     ({"zoneout_cell": 1.5}, ValueError, r"zoneout_cell must be a probability in \[0, 1\], got 1.5"),
+    ({"bias": 1}, TypeError, r"bias must be True or False, got 1"),
+    ({"bias": 0.5}, TypeError, r"bias must be True or False, got 0.5"),
     ({"norm": "HASTE"}, TypeError, r"norm must be a NormPlan, such as norms.HASTE, got 'HASTE'; festina.norms has"),
     ({"norm": True}, TypeError, r"norm must be a NormPlan, such as norms.HASTE, got True"),
     ({"forget_bias": "1"}, ValueError, r"forget_bias must be a finite number, got '1'"),
@@ -67,6 +69,10 @@ def test_construction_of_layers(layer: Any) -> None:
         layer(I, H, 2.0)
     with pytest.raises(ValueError, match=r"dropout must be a probability in \[0, 1\], got 2"):
         layer(I, H, 2, dropout=2)
+    with pytest.raises(TypeError, match=r"batch_first must be True or False, got 0"):
+        layer(I, H, batch_first=0)
+    with pytest.raises(TypeError, match=r"bidirectional must be True or False, got 'yes'"):
+        layer(I, H, bidirectional="yes")
     with pytest.warns(UserWarning, match=r"dropout=0.5 acts between layers, and there is only one layer"):
         layer(I, H, dropout=0.5)
 

@@ -88,7 +88,7 @@ def at_percent(race: Race, racer: Racer, percent: int) -> float | None:
 def crossings(race: Race) -> list[dict[str, Any]]:
     """For every other model, the step at which it reached what the first one had at its last validation."""
     first, *others = race.racers
-    if not first.record.validation_bits:
+    if len(first.record.validation_bits) < 2:
         return []
     goal, last = first.record.validation_bits[-1], first.record.validation_steps[-1]
     found = []
@@ -114,7 +114,7 @@ def crossing_lines(race: Race) -> list[str]:
         first = race.racers[0]
         goal = f"the {found['bits_per_character']:.3f} bits of {first.name}"
         if (apart := largest_difference(first, racer)) < SAME:
-            lines.append(f"{racer.name} is as {first.name} all the way (at most {apart:.1g} bits apart).")
+            lines.append(f"{racer.name} and {first.name} are one curve (at most {apart:.1g} bits apart).")
         elif found["share"] is None:
             lines.append(f"{racer.name} did not reach {goal}.")
         else:
