@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 from festina.norms import NONE, PLANS, NormPlan
 
@@ -73,23 +74,28 @@ class CellSpec:
                 f"the norm plan {plan} does not fit the {self.name} cell: groups must be one of "
                 f"{', '.join(map(repr, self.groups))}, got {plan.groups!r}"
             )
+        without: dict[str, Any] = {}
         if "c" not in self.states:
-            plan = replace(plan, cell="none", clip=None)
+            without |= {"cell": "none", "clip": None}
         if self.diagonal:
-            plan = replace(plan, inner_bias_hh=False)
-        return plan if self.early_step else replace(plan, reset="normed")
+            without |= {"inner_bias_hh": False}
+        if self.early_step is None:
+            without |= {"reset": "normed"}
+        loses = any(getattr(plan, name) != value for name, value in without.items())
+        return replace(plan, **without) if loses else plan
 
     def admits(self, plan: NormPlan) -> bool:
         """Whether `fit` takes the plan."""
         return plan.placement in self.steps and plan.groups in self.groups
 
     def named(self, plan: NormPlan) -> NormPlan:
-        """The first of `norms.PLANS` that means for this cell what `plan` means, or `plan` if none does.
+        """`plan`, which `fit` gave, under the first name of `norms.PLANS` that means the same for this cell.
 
         >>> GRU.named(GRU.fit(PLANS["FASTRNNS"]))
         norms.HASTE
         """
-        return next((known for known in PLANS.values() if self.admits(known) and self.fit(known) == plan), plan)
+        known = (p for p in PLANS.values() if self.admits(p) and self.fit(p) == plan)
+        return next((replace(plan, name=p.name) for p in known), plan)
 
 
 LSTM = CellSpec(

@@ -80,6 +80,7 @@ def lstm(plan, p, x, h, c):
         i, f, g, o = (x[k * H + j] + h[k * H + j] for k in range(4))
         new_c.append(sigmoid(f) * c[j] + sigmoid(i) * tanh(g))
         new_h.append(sigmoid(o))
+
     def norm_c(values):
         return norm(values, plan, p["gain_c"], p.get("bias_c", [0.0] * H))
 

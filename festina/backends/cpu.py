@@ -50,7 +50,9 @@ def constants(layer: LayerSpec) -> dict[str, Any]:
 def slots(layer: LayerSpec) -> tuple[int, ...]:
     """Where each of a call's parameters stands in the struct's pointers."""
     width = len(core.PARAMETERS)
-    return tuple(d * width + core.PARAMETERS.index(name) for d in range(layer.directions) for name in layer.parameter_names)
+    return tuple(
+        d * width + core.PARAMETERS.index(name) for d in range(layer.directions) for name in layer.parameter_names
+    )
 
 
 def threads_for(N: int, I: int, H: int, P: int, directions: int) -> int:

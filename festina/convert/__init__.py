@@ -34,7 +34,7 @@ from festina.convert import (
 from festina.convert.engine import ConvertError, Table, read, write
 from festina.layers import Recurrent
 
-__all__ = ["FORMATS", "ConvertError", "dump", "load", "names", "table", "to_torch"]
+__all__ = ["FORMATS", "ConvertError", "dump", "load", "names", "own_format", "table", "to_torch"]
 
 FORMATS: dict[str, Callable[..., Table]] = {
     name: make
@@ -66,7 +66,7 @@ _CLASSES: dict[str, tuple[type[Recurrent], type[Recurrent], dict[str, Any]]] = {
     "indrnn": (layers.IndRNN, layers.LayerNormIndRNN, {}),
     "indrnn_relu": (layers.IndRNN, layers.LayerNormIndRNN, {"nonlinearity": "relu"}),
 }
-"""For each cell: the class of a plain layer, of one with a norm plan, and what its constructor wants besides."""
+"""For each cell: the class of a plain layer, of one with a norm plan, and what tells it from the class's usual cell."""
 
 
 def names() -> list[str]:
@@ -189,6 +189,16 @@ def dump(name: str, layer: Recurrent, **options: Any) -> dict[str, Tensor]:
     except ConvertError as error:
         raise ConvertError(f"{name}: {error}") from None
     return {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+
+
+def own_format(layer: Recurrent) -> tuple[str, dict[str, Any]]:
+    """The format of ours that holds this layer, and its options.
+
+    >>> own_format(layers.LayerNormIndRNN(3, 5, nonlinearity="relu"))
+    ('festina.IndRNN', {'nonlinearity': 'relu'})
+    """
+    plain, _, options = _CLASSES[layer.spec.cell.name]
+    return f"festina.{plain.__name__}", dict(options)
 
 
 def to_torch(layer: Recurrent) -> nn.LSTM | nn.GRU:

@@ -36,7 +36,7 @@ class Table:
             biases that are absent are absent from the layer too. `{even}` and `{odd}` stand for 2l and 2l + 1.
         scopes: how a name stands in the state dict, `{key}` being the name, `{l}` the layer, `{d}` the direction (0 or 1),
             `{reverse}` "" or "_reverse", `{side}` "forward" or "backward", `{fw}` "fw" or "bw". The scope under which most
-            names are found is taken; the first one is that of a single cell.
+            names are found is read; the first one that tells all layers and directions apart is written.
         aliases: other spellings, by name of `keys`.
         stacked: names of tensors that hold the layers along a first axis; in `keys` their names end in `.{l}`.
     """
@@ -88,6 +88,7 @@ def read(
         if plan is None:
             raise ConvertError(f"the state dict has gains but does not say where they belong: {PLAN_KEY} is missing")
         state.pop(PLAN_KEY, None)
+        plan = table.cell.named(table.cell.fit(plan))
     for key in table.stacked:
         if key in state:
             state.update({f"{key}.{l}": part for l, part in enumerate(state.pop(key).unbind(0))})

@@ -11,7 +11,7 @@ def _own(cell: CellSpec) -> Table:
     specs = [LayerSpec(cell, plan, projected=cell.projects) for plan in PLANS.values() if cell.admits(plan)]
     names = dict.fromkeys(name for spec in specs for name in spec.parameter_names)
     keys = {name if name in ("weight_ih", "weight_hh") else f"{name}?": name for name in names}
-    return Table(cell, None, "".join(cell.gates), keys, ("{key}", "{key}_l{l}{reverse}"))
+    return Table(cell, None, "".join(cell.gates), keys, ("{key}_l{l}{reverse}", "{key}"))
 
 
 def lstm() -> Table:

@@ -6,7 +6,7 @@ from festina.convert.engine import Table
 from festina.norms import NONE
 from festina.spec import GRU, LSTM
 
-_SCOPES = ("{key}", "{key}_l{l}{reverse}")
+_SCOPES = ("{key}_l{l}{reverse}", "{key}")
 
 
 def _identity(names: tuple[str, ...]) -> dict[str, str]:
