@@ -96,7 +96,9 @@ def test_forget_bias() -> None:
     def forget(**options: Any) -> Tensor:
         torch.manual_seed(2)
         layer = options.pop("layer", festina.LSTM)(I, H, **options)
-        return dict(layer.named_parameters()).get("bias_ih_l0", getattr(layer, "bias_joint_l0", None)).detach()[H : 2 * H]
+        return (
+            dict(layer.named_parameters()).get("bias_ih_l0", getattr(layer, "bias_joint_l0", None)).detach()[H : 2 * H]
+        )
 
     assert_same(forget(forget_bias=2.0), forget() + 2.0, 1e-6, 1e-6)
     assert_same(forget(layer=festina.LayerNormLSTM, forget_bias=0.0), torch.zeros(H))
@@ -116,7 +118,9 @@ def test_repr() -> None:
     )
     assert repr(festina.GRU(I, H)) == "GRU(3, 5)"
     assert repr(festina.IndRNN(I, H, nonlinearity="relu")) == "IndRNN(3, 5, nonlinearity=relu)"
-    assert repr(layer.cell(1)).startswith("LayerNormLSTMCell(4, 5, proj_size=2, bias=False, norm=norms.FASTRNNS, zoneout=")
+    assert repr(layer.cell(1)).startswith(
+        "LayerNormLSTMCell(4, 5, proj_size=2, bias=False, norm=norms.FASTRNNS, zoneout="
+    )
     assert repr(festina.LSTMCell(I, H, norm=norms.TFA.with_eps(0.5))).startswith(
         "LSTMCell(3, 5, norm=NormPlan(placement='separate', groups='all', cell='carried', kind='layer', eps=0.5"
     )

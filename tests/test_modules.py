@@ -43,7 +43,9 @@ CLASSES: list[tuple[type[nn.Module], Any, dict[str, Any]]] = [
     (nn.GRUCell, festina.IndRNNCell, {}),
 ]
 every_class = pytest.mark.parametrize(
-    ("theirs", "ours", "options"), CLASSES, ids=[f"{o.__name__}{'-' * bool(k)}{k.get('norm', '')}" for _, o, k in CLASSES]
+    ("theirs", "ours", "options"),
+    CLASSES,
+    ids=[f"{o.__name__}{'-' * bool(k)}{k.get('norm', '')}" for _, o, k in CLASSES],
 )
 
 

@@ -289,7 +289,15 @@ def test_the_reverse_direction_is_the_forward_one_on_reversed_input(variant: str
 @given(seed=seeds)
 def test_masks_given_are_masks_drawn(variant: str, seed: int) -> None:
     """functional.layer with explicit masks: True keeps the old value, False takes the new, step by step."""
-    d = Drawn(variant, seed, num_layers=1, bidirectional=False, zoneout=0.0, proj_size=0, **({"zoneout_cell": 0.0} if has_c(variant) else {}))
+    d = Drawn(
+        variant,
+        seed,
+        num_layers=1,
+        bidirectional=False,
+        zoneout=0.0,
+        proj_size=0,
+        **({"zoneout_cell": 0.0} if has_c(variant) else {}),
+    )
     H = d.layer.hidden_size
     masks = {"zoneout_mask": torch.rand(1, d.T, d.B, H) < 0.5}
     if has_c(variant):
