@@ -240,7 +240,9 @@ def initial_state(
     for state, tensor in zip(cell.states, given, strict=True):
         name = f"{state}_0"
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}; start from torch.zeros")
+            raise TypeError(
+                f"{name} must be a Tensor, got {type(tensor).__name__}; torch.zeros is the state of a start"
+            )
         want_shape = (*axes.values(), sizes[state])
         if tensor.shape != want_shape:
             named = ", ".join((*axes, "P" if state == "h" else "H"))

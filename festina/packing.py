@@ -94,7 +94,9 @@ def check_lengths(lengths: Lengths, B: int) -> Tensor:
         try:
             lengths = torch.tensor(lengths, dtype=None if len(lengths) else torch.int64)
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"lengths must be a tensor or a list of integers, got {lengths!r}") from None
+            raise TypeError(
+                f"lengths must be a tensor or a list of integers, one for each row, got {lengths!r}"
+            ) from None
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must hold integers, the steps of each row, got {lengths.dtype}")
     if lengths.device.type != "cpu":

@@ -57,7 +57,9 @@ class CellSpec:
             ValueError: the cell has no such placement or grouping.
         """
         if not isinstance(plan, NormPlan):
-            raise TypeError(f"norm must be a NormPlan, such as norms.HASTE, got {plan!r}; festina.norms lists them")
+            raise TypeError(
+                f"norm must be a NormPlan, such as norms.HASTE, got {plan!r}; festina.norms has the named ones"
+            )
         if plan.placement not in self.steps:
             raise ValueError(
                 f"the norm plan {plan} does not fit the {self.name} cell: placement must be one of "
@@ -121,7 +123,7 @@ class LayerSpec:
     """The layer as one string, for operators; `LayerSpec.parse` gives it back."""
 
     def __post_init__(self) -> None:
-        # Both are asked for at every call. Not cached properties: torch.compile cannot trace their lock before 3.12.
+        # Both are asked for at every call. Not cached properties: torch.compile cannot trace their lock (Python < 3.12).
         object.__setattr__(self, "plan", self.cell.fit(self.plan))
         object.__setattr__(self, "parameter_names", tuple(self.parameter_shapes(1, 1, 1)))
         fields = {"plan": self.plan.to_dict(), "bias": self.bias, "projected": self.projected}

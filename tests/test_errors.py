@@ -16,7 +16,14 @@ import festina
 from festina import NormPlan, backends, functional, norms
 
 T, B, I, H = 4, 2, 3, 5
-LAYERS = [festina.LSTM, festina.GRU, festina.IndRNN, festina.LayerNormLSTM, festina.LayerNormGRU, festina.LayerNormIndRNN]
+LAYERS = [
+    festina.LSTM,
+    festina.GRU,
+    festina.IndRNN,
+    festina.LayerNormLSTM,
+    festina.LayerNormGRU,
+    festina.LayerNormIndRNN,
+]
 CELLS = [layer.cell_class for layer in LAYERS]
 
 CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -139,11 +146,21 @@ H_0 = torch.zeros(1, B, H)
 MASK = torch.zeros(T, B, dtype=torch.bool)
 
 CALLS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-    ("rank", {"input": X[None]}, ValueError, r"input must be 3-D, \[T, B, I\], or 2-D, \[T, I\].*got 4-D \[1, 4, 2, 3\]"),
+    (
+        "rank",
+        {"input": X[None]},
+        ValueError,
+        r"input must be 3-D, \[T, B, I\], or 2-D, \[T, I\].*got 4-D \[1, 4, 2, 3\]",
+    ),
     ("size", {"input": X[..., :2]}, ValueError, r"last axis of input must be input_size = 3, got 2"),
     ("type", {"input": X.tolist()}, TypeError, r"input must be a Tensor or a PackedSequence, got list"),
     ("int", {"input": X.long()}, ValueError, r"input must be torch.float32 as the parameters, got torch.int64; call"),
-    ("double", {"input": X.double()}, ValueError, r"input must be torch.float32 .*, got torch.float64; call .to\(torch.flo"),
+    (
+        "double",
+        {"input": X.double()},
+        ValueError,
+        r"input must be torch.float32 .*, got torch.float64; call .to\(torch.flo",
+    ),
     ("meta", {"input": X.to("meta")}, ValueError, r"input must be on cpu as the parameters, got meta"),
     ("lengths floats", {"lengths": [1.5, 2.0]}, TypeError, r"lengths must hold integers, .* got torch.float32"),
     ("lengths bools", {"lengths": [True, False]}, TypeError, r"lengths must hold integers, .* got torch.bool"),
@@ -152,7 +169,12 @@ CALLS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("lengths None", {"lengths": [4, None]}, TypeError, r"lengths must be a tensor or a list of integers.*None"),
     ("lengths ragged", {"lengths": [[1], [1, 2]]}, TypeError, r"lengths must be a tensor or a list of integers"),
     ("lengths empty", {"lengths": []}, ValueError, r"lengths must be \[B\] = \[2\], one for each row, got \[0\]"),
-    ("lengths count", {"lengths": [1, 2, 3]}, ValueError, r"lengths must be \[B\] = \[2\], one for each row, got \[3\]"),
+    (
+        "lengths count",
+        {"lengths": [1, 2, 3]},
+        ValueError,
+        r"lengths must be \[B\] = \[2\], one for each row, got \[3\]",
+    ),
     ("lengths nested", {"lengths": [[1, 2]]}, ValueError, r"lengths must be \[B\] = \[2\].*got \[1, 2\]"),
     ("lengths negative", {"lengths": [-1, 2]}, ValueError, r"lengths must lie in \[0, T\] = \[0, 4\], got \[-1, 2\]"),
     ("lengths long", {"lengths": [1, 5]}, ValueError, r"lengths must lie in \[0, T\] = \[0, 4\], got \[1, 5\]"),
@@ -162,14 +184,24 @@ CALLS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"lengths must be on the CPU, .* got meta; call lengths.cpu\(\)",
     ),
-    ("lengths of one row", {"input": X[:, 0], "lengths": [2]}, ValueError, r"lengths belong to a batch.*input\[:length\]"),
+    (
+        "lengths of one row",
+        {"input": X[:, 0], "lengths": [2]},
+        ValueError,
+        r"lengths belong to a batch.*input\[:length\]",
+    ),
     (
         "lengths of packed",
         {"input": nn.utils.rnn.pack_padded_sequence(X, [4, 2]), "lengths": [4, 2]},
         ValueError,
         r"a PackedSequence holds its own lengths",
     ),
-    ("resets dtype", {"resets": MASK.float()}, TypeError, r"resets must be a bool tensor, got torch.float32; torch.as_tens"),
+    (
+        "resets dtype",
+        {"resets": MASK.float()},
+        TypeError,
+        r"resets must be a bool tensor, got torch.float32; torch.as_tens",
+    ),
     ("resets list", {"resets": MASK.tolist()}, TypeError, r"resets must be a bool tensor, got list; torch.as_tensor"),
     ("resets shape", {"resets": MASK.t()}, ValueError, r"resets must be \[T, B\] = \[4, 2\], got \[2, 4\]"),
     ("resets row", {"input": X[:, 0], "resets": MASK}, ValueError, r"resets must be \[T\] = \[4\], got \[4, 2\]"),
@@ -209,7 +241,12 @@ LSTM_STATES: list[tuple[str, Any, type[Exception], str]] = [
     ("one", (H_0,), TypeError, r"hx of the lstm cell must be a tuple \(h_0, c_0\), got a tuple of 1"),
     ("three", (H_0, H_0, H_0), TypeError, r"must be a tuple \(h_0, c_0\), got a tuple of 3"),
     ("None", (H_0, None), TypeError, r"c_0 must be a Tensor, got NoneType; torch.zeros is"),
-    ("batch", (H_0[:, :1], H_0), ValueError, r"h_0 must be \[num_layers \* num_directions, B, P\] = \[1, 2, 5\], got \[1, 1, 5\]"),
+    (
+        "batch",
+        (H_0[:, :1], H_0),
+        ValueError,
+        r"h_0 must be \[num_layers \* num_directions, B, P\] = \[1, 2, 5\], got \[1, 1, 5\]",
+    ),
     ("width", (H_0, H_0[..., :4]), ValueError, r"c_0 must be \[.*, B, H\] = \[1, 2, 5\], got \[1, 2, 4\]"),
     ("axis", (H_0[0], H_0[0]), ValueError, r"h_0 must be .*, got \[2, 5\]; call h_0.unsqueeze\(0\) for the first axis"),
     ("dtype", (H_0, H_0.double()), ValueError, r"c_0 must be torch.float32 as the input, got torch.float64; call"),
@@ -241,7 +278,9 @@ def test_initial_state_of_projection_and_one_row() -> None:
     layer = festina.LSTM(I, H, proj_size=2)
     with pytest.raises(ValueError, match=r"h_0 must be \[.*, B, P\] = \[1, 2, 2\], got \[1, 2, 5\]"):
         layer(X, (H_0, H_0))
-    with pytest.raises(ValueError, match=r"h_0 must be \[num_layers \* num_directions, P\] = \[1, 5\], got \[1, 2, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"h_0 must be \[num_layers \* num_directions, P\] = \[1, 5\], got \[1, 2, 5\]"
+    ):
         festina.GRU(I, H)(X[:, 0], H_0)
 
 
@@ -255,7 +294,11 @@ CELL_CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: festina.GRUCell(I, H)(X[0], H_0), ValueError, r"h_0 must be \[B, P\] = \[2, 5\], got \[1, 2, 5\]"),
     (lambda: festina.GRUCell(I, H)(X[0, 0], H_0[0]), ValueError, r"h_0 must be \[P\] = \[5\], got \[2, 5\]"),
     (lambda: festina.GRUCell(I, H)(X[0], resets=MASK), ValueError, r"resets must be \[B\] = \[2\], got \[4, 2\]"),
-    (lambda: festina.GRUCell(I, H)(X[0], resets=X[0, :, 0]), TypeError, r"resets must be a bool tensor, got torch.float32"),
+    (
+        lambda: festina.GRUCell(I, H)(X[0], resets=X[0, :, 0]),
+        TypeError,
+        r"resets must be a bool tensor, got torch.float32",
+    ),
     (lambda: festina.GRU(I, H, 2).cell(2), IndexError, r"layer must lie in \[0, 2\), got 2"),
     (lambda: festina.GRU(I, H).cell(reverse=True), IndexError, r"the layer is not bidirectional"),
 ]
@@ -288,7 +331,13 @@ def lstm_parameters(**changed: Any) -> dict[str, Any]:
 
 GRU = {"weight_ih": torch.zeros(3 * H, I), "weight_hh": torch.zeros(3 * H, H)}
 FUNCTIONAL: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
-    ("rnn", lstm_parameters(), {}, ValueError, r"cell must be one of 'lstm', 'gru', 'indrnn', 'indrnn_relu', got 'rnn'"),
+    (
+        "rnn",
+        lstm_parameters(),
+        {},
+        ValueError,
+        r"cell must be one of 'lstm', 'gru', 'indrnn', 'indrnn_relu', got 'rnn'",
+    ),
     ("lstm", [lstm_parameters()] * 3, {}, ValueError, r"parameters must be those of 1 or 2 directions, got 3"),
     ("lstm", [], {}, ValueError, r"parameters must be those of 1 or 2 directions, got 0"),
     ("lstm", lstm_parameters(weight_hh=None), {}, ValueError, r"parameters must hold weight_hh, got weight_ih"),
@@ -296,7 +345,13 @@ FUNCTIONAL: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("lstm", lstm_parameters(weight_hh=[1.0]), {}, TypeError, r"weight_hh must be a Tensor, got list"),
     ("lstm", lstm_parameters(weight_ih=torch.zeros(4)), {}, ValueError, r"weight_ih must be a matrix, got \[4\]"),
     ("lstm", lstm_parameters(weight_ih=torch.zeros(21, I)), {}, ValueError, r"parameters of direction 0 must be .*got"),
-    ("lstm", lstm_parameters(bias_ih=torch.zeros(4 * H)), {}, ValueError, r"direction 0 must be .*'bias_hh': \(20,\).*got"),
+    (
+        "lstm",
+        lstm_parameters(bias_ih=torch.zeros(4 * H)),
+        {},
+        ValueError,
+        r"direction 0 must be .*'bias_hh': \(20,\).*got",
+    ),
     ("lstm", [lstm_parameters(), GRU], {}, ValueError, r"the parameters of direction 1 must be"),
     (
         "lstm",
@@ -305,12 +360,24 @@ FUNCTIONAL: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"weight_hh must be torch.float32 as weight_ih, got torch.float64",
     ),
-    ("lstm", lstm_parameters(), {"norm": "HASTE"}, TypeError, r"norm must be a NormPlan, such as norms.HASTE, got 'HASTE'"),
+    (
+        "lstm",
+        lstm_parameters(),
+        {"norm": "HASTE"},
+        TypeError,
+        r"norm must be a NormPlan, such as norms.HASTE, got 'HASTE'",
+    ),
     ("lstm", lstm_parameters(), {"norm": norms.HASTE}, ValueError, r"direction 0 must be .*'gain_ih': \(20,\).*got"),
     ("lstm", lstm_parameters(), {"zoneout": -0.1}, ValueError, r"zoneout must be a probability"),
     ("lstm", lstm_parameters(), {"hx": H_0}, TypeError, r"must be a tuple \(h_0, c_0\), got a Tensor"),
     ("lstm", lstm_parameters(), {"zoneout_mask": 0.1}, TypeError, r"zoneout_mask must be a bool tensor, got float"),
-    ("lstm", lstm_parameters(), {"zoneout_mask": X}, TypeError, r"zoneout_mask must be a bool tensor, got torch.float32"),
+    (
+        "lstm",
+        lstm_parameters(),
+        {"zoneout_mask": X},
+        TypeError,
+        r"zoneout_mask must be a bool tensor, got torch.float32",
+    ),
     (
         "lstm",
         lstm_parameters(),
@@ -323,14 +390,19 @@ FUNCTIONAL: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("cell", "parameters", "options", "error", "text"), FUNCTIONAL, ids=[r[4][:40] for r in FUNCTIONAL])
+@pytest.mark.parametrize(
+    ("cell", "parameters", "options", "error", "text"), FUNCTIONAL, ids=[r[4][:40] for r in FUNCTIONAL]
+)
 def test_functional(cell: str, parameters: Any, options: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         functional.layer(cell, X, parameters, **options)
 
 
 def test_backend_by_name() -> None:
-    with pytest.raises(backends.BackendError, match=r"there is no backend 'cudnn'; there are .*eager"), backends.use("cudnn"):
+    with (
+        pytest.raises(backends.BackendError, match=r"there is no backend 'cudnn'; there are .*eager"),
+        backends.use("cudnn"),
+    ):
         pass
     assert backends.forced() == ""
 
@@ -356,7 +428,9 @@ OTHER_PLANS = [
 @pytest.mark.parametrize(("mine", "theirs", "plan"), OTHER_PLANS)
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a model"])
-def test_a_checkpoint_under_another_plan_is_refused(mine: str, theirs: str, plan: str, strict: bool, inside: bool) -> None:
+def test_a_checkpoint_under_another_plan_is_refused(
+    mine: str, theirs: str, plan: str, strict: bool, inside: bool
+) -> None:
     layer = make(mine, I, H)
     model = nn.ModuleDict({"body": nn.Sequential(layer)}) if inside else layer
     prefix = "body.0." if inside else ""

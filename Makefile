@@ -1,0 +1,81 @@
+# make demo | test | lint | bench | info | format | wheel | clean. Everything happens in .venv, which is made on first use.
+#
+# PYTHON=python3.12 make test     another Python (3.10 or later)
+# make demo ARGS="--steps 200"    arguments for the program behind a target
+#
+# Packages come from wherever pip (or uv, if it is installed) is set to look.
+
+PYTHON ?= python3
+ARGS ?=
+JOBS ?= auto
+
+VENV := .venv
+PY := $(VENV)/bin/python
+UV := $(shell command -v uv 2>/dev/null)
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+# $(call install,ARGUMENTS): with uv where there is one, and with pip where there is none or uv finds no such package.
+ifdef UV
+install = $(UV) pip install --python $(PY) $(1) || $(PY) -m pip install $(1)
+else
+install = $(PY) -m pip install $(1)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup info demo bench test lint format wheel clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+
+# Three stamps, so that a change costs only what it must: the environment, torch, and festina with its tools.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else \
+	  "festina needs Python 3.10 or later, but $(PYTHON) is %d.%d; try: make PYTHON=python3.12" % v[:2])'
+	$(if $(UV),$(UV) venv --seed --allow-existing --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" \
+	  $(VENV),$(PYTHON) -m venv $(VENV))
+	@touch $@
+
+# torch first and on its own: it is the one large download, and a failure here says so plainly.
+$(VENV)/.$(TORCH): $(VENV)/.made
+	$(call install,$(TORCH))
+	@touch $@
+
+# Editable: an edited Python file is what runs. The compiled core is built again when one of its sources has changed.
+$(VENV)/.installed: $(VENV)/.$(TORCH) $(SOURCES)
+	$(call install,--constraint constraints.txt --editable '.[dev]')
+	@touch $@
+
+setup: $(VENV)/.installed
+
+info: setup
+	@$(PY) -m festina info $(ARGS)
+
+demo: setup
+	@$(PY) -m festina demo $(ARGS)
+
+bench: setup
+	@$(PY) -m festina bench $(ARGS)
+
+# One thread per worker: the workers already fill the cores.
+test: setup
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --numprocesses $(JOBS) $(ARGS)
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: setup
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+wheel: setup
+	$(PY) -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,250 @@
+"""Measure layers against torch.nn and against a Python loop.
+
+Every case is compared with the float64 reference first, outputs and all gradients; a case that fails prints no number.
+Then the contestants take turns in one process. A ratio is festina's time over the other's, the median of paired rounds:
+below 1, festina is faster. One JSON line a case goes to --out.
+
+  festina bench                                       a few cases, half a minute
+  festina bench --grid haste --threads 2              haste's grid, 80 cases a cell and pass
+  festina bench --cells gru --batch 1 32 --hidden 256 --plan HASTE NONE
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import festina
+from festina import backends, reference
+from festina.cli import UsageError, missing
+from festina.cli.measure import Race, Work, commit, gemm_peak, machine, race
+from festina.norms import PLANS
+
+CELLS: dict[str, tuple[type[festina.layers.Recurrent], Callable[..., nn.RNNBase]]] = {
+    "lstm": (festina.LSTM, nn.LSTM),
+    "gru": (festina.GRU, nn.GRU),
+}
+"""The cells that torch.nn has too."""
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# float32 rounding through a few steps stays below; the mildest wrong kernel lies two orders above.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+GRIDS: dict[str, dict[str, list[int]]] = {
+    "quick": {"batch": [1, 32], "input": [256], "hidden": [256]},
+    "haste": {"batch": [1, 16, 32, 64, 128], "input": [64, 128, 256, 512], "hidden": [128, 256, 512, 1024]},
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One case: sizes, cell, plan, type."""
+
+    cell: str
+    plan: str
+    T: int
+    B: int
+    I: int
+    H: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.cell}-{self.plan}-T{self.T}B{self.B}I{self.I}H{self.H}-{self.dtype}"
+
+    def gflop(self, training: bool) -> float:
+        """Of the matrix products: 2·T·B·G·H·(I + H) forward, twice that again backward."""
+        gates = len(festina.spec.CELLS[self.cell].gates)
+        return 2e-9 * self.T * self.B * gates * self.H * (self.I + self.H) * (3 if training else 1)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--grid", choices=GRIDS, default="quick", help="sizes to go through (default: quick)")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=["lstm"])
+    parser.add_argument("--plan", nargs="+", choices=PLANS, default=["HASTE"], help="where the norms sit")
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    for name in ("batch", "input", "hidden"):
+        parser.add_argument(f"--{name}", nargs="+", type=int, metavar="N", help=f"{name} sizes instead of the grid's")
+    parser.add_argument("--steps", type=int, default=50, metavar="T")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--loop", action="store_true", help="race the Python loop over the reference too")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each case and pass (default: 1)")
+    parser.add_argument("--out", type=Path, help="append JSON lines to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        raise missing("rich", "cli") from None
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda was asked for, but torch sees no CUDA device; leave it out to measure the CPU")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    dtype = DTYPES[args.dtype]
+    conditions = {
+        "machine": machine(args.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "festina": festina.__version__,
+        "commit": commit(),
+        "peak_gflops": round(gemm_peak(dtype, args.device), 1),
+    }
+    console.print(", ".join(f"{key} {value}" for key, value in conditions.items()))
+    table = Table(title="time of festina, and its ratio to torch.nn and to the Python loop (median, 20–80 %)")
+    for column in ("case", "pass", "µs", "/ torch.nn", "/ loop", "GFLOP/s", "% of GEMM"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("case", "pass") else "right")
+    failures = 0
+    with console.status("") as status:
+        for point in points(args):
+            status.update(str(point))
+            wrong = unverified(point, args.device)
+            if wrong:
+                failures += 1
+                console.print(f"[red]{point}: not measured, it differs from the float64 reference: {wrong}[/red]")
+                continue
+            for name in args.passes:
+                found = race(contestants(point, name, args.device, args.loop), args.seconds, args.device)
+                row = record(point, name, args.device, found, conditions)
+                table.add_row(*cells_of(row))
+                if args.out:
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    console.print(table)
+    return 1 if failures else 0
+
+
+def points(args: argparse.Namespace) -> Iterator[Point]:
+    """The cases that the arguments ask for."""
+    grid = GRIDS[args.grid]
+    sizes = [getattr(args, name) or grid[name] for name in ("batch", "input", "hidden")]
+    for cell, plan, B, I, H in itertools.product(args.cells, args.plan, *sizes):
+        yield Point(cell, plan, args.steps, B, I, H, args.dtype)
+
+
+def layers(point: Point, device: str) -> tuple[festina.layers.Recurrent, nn.RNNBase]:
+    """Festina's layer and torch.nn's, from the same seed."""
+    ours, theirs = CELLS[point.cell]
+    options: dict[str, Any] = {"device": device, "dtype": DTYPES[point.dtype]}
+    torch.manual_seed(0)
+    layer = ours(point.I, point.H, norm=PLANS[point.plan], **options)
+    torch.manual_seed(0)
+    return layer, theirs(point.I, point.H, **options)
+
+
+def trained(layer: nn.Module, x: Tensor, cotangent: Tensor) -> list[Tensor]:
+    """Output and the gradients of input and parameters."""
+    y = layer(x)[0]
+    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], cotangent)]
+
+
+def unverified(point: Point, device: str, steps: int = 4) -> str | None:
+    """Compare a few steps at the full sizes with the reference in float64; what differs, or None."""
+    layer, _ = layers(point, device)
+    x = torch.randn(steps, point.B, point.I, device=device).to(DTYPES[point.dtype]).requires_grad_()
+    cotangent = torch.randn(steps, point.B, point.H, device=device)
+    got = trained(layer, x, cotangent.to(x.dtype))
+    with backends.use("eager"):
+        want = trained(copy.deepcopy(layer).double(), x.detach().double().requires_grad_(), cotangent.double())
+    names = ["output", "d_input", *(f"d_{name}" for name, _ in layer.named_parameters())]
+    for name, a, b in zip(names, got, want, strict=True):
+        ratio = ((a.double() - b).square().mean() / b.square().mean()).sqrt().item()
+        if not ratio <= TOLERANCE[x.dtype]:
+            return f"{name} by {ratio:.1e} (relative RMS), allowed {TOLERANCE[x.dtype]:.0e}"
+    return None
+
+
+def contestants(point: Point, name: str, device: str, loop: bool) -> dict[str, Work]:
+    """What takes turns: festina first, then its peers."""
+    layer, peer = layers(point, device)
+    x = torch.randn(point.T, point.B, point.I, device=device).to(DTYPES[point.dtype])
+    work = {"festina": PASSES[name](layer, x), "torch.nn": PASSES[name](peer, x)}
+    if loop:
+        work["loop"] = PASSES[name](Loop(layer), x)
+    return work
+
+
+class Loop(nn.Module):
+    """The reference called directly: what a Python loop over the steps costs, under plain autograd."""
+
+    def __init__(self, layer: festina.layers.Recurrent) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        T, B, _ = x.shape
+        zeros = x.new_zeros(1, B, self.layer.hidden_size)
+        c_0 = zeros if "c" in self.layer.spec.cell.states else None
+        call = reference.Call(self.layer.spec, x.flatten(0, 1), zeros, c_0, tuple(self.layer.parameters()))
+        output, h_n, _ = reference.run(call)
+        return output.view(T, B, -1), h_n
+
+
+def _forward(layer: nn.Module, x: Tensor) -> Work:
+    def work() -> None:
+        with torch.inference_mode():
+            layer(x)
+
+    return work
+
+
+def _forward_backward(layer: nn.Module, x: Tensor) -> Work:
+    x = x.detach().requires_grad_()
+    cotangent = torch.randn_like(layer(x)[0])
+    return lambda: trained(layer, x, cotangent)
+
+
+PASSES: dict[str, Callable[[nn.Module, Tensor], Work]] = {
+    "forward": _forward,
+    "forward+backward": _forward_backward,
+}
+
+
+def record(point: Point, name: str, device: str, found: Race, conditions: dict[str, Any]) -> dict[str, Any]:
+    """One line of results: the number with its conditions."""
+    ours = found.time_us["festina"]
+    layer, _ = layers(point, "meta")
+    gflops = point.gflop(name != "forward") / (ours.median * 1e-6)
+    case = backends.Case(layer.spec, DTYPES[point.dtype], device)
+    return {
+        "case": str(point),
+        "pass": name,
+        "backend": backends.select(case, backends.forced()),
+        "median_us": round(ours.median, 1),
+        "p20_us": round(ours.p20, 1),
+        "p80_us": round(ours.p80, 1),
+        "runs": found.rounds,
+        "ratio": {peer: [round(v, 4) for v in (s.median, s.p20, s.p80)] for peer, s in found.ratio.items()},
+        "gflops": round(gflops, 1),
+        "percent_of_peak": round(100 * gflops / conditions["peak_gflops"], 1),
+        "verified": True,
+        **conditions,
+    }
+
+
+def cells_of(row: dict[str, Any]) -> list[str]:
+    """A result as a row of the table."""
+    ratios = [row["ratio"].get(peer) for peer in ("torch.nn", "loop")]
+    return [
+        row["case"],
+        row["pass"],
+        f"{row['median_us']:.0f}",
+        *("" if ratio is None else "{:.2f} ({:.2f}–{:.2f})".format(*ratio) for ratio in ratios),
+        f"{row['gflops']:.1f}",
+        f"{row['percent_of_peak']:.0f}",
+    ]

@@ -1,0 +1,87 @@
+"""Versions, devices, threads, and which backends can run here and why the others cannot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from typing import Any
+
+import torch
+
+import festina
+from festina import backends
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs and bug reports")
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = gather()
+    print(json.dumps(facts, indent=2) if args.json else as_text(facts))
+    return 0
+
+
+def devices() -> list[dict[str, str]]:
+    """The processor, and every accelerator that torch can use, with its name."""
+    found = [{"device": "cpu", "name": processor()}]
+    found += [{"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i)} for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": "Apple GPU"})
+    return found
+
+
+def processor() -> str:
+    """The processor's name; /proc/cpuinfo knows it better than `platform` does."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def backend_states() -> list[dict[str, Any]]:
+    """Each backend, best first: on which devices it runs a float32 LayerNormLSTM, and for the others the reason."""
+    layer = festina.LayerNormLSTM(8, 8)
+    states = []
+    for name in backends.names():
+        reasons = {}
+        for kind in dict.fromkeys(found["device"].partition(":")[0] for found in devices()):
+            reasons[kind] = dict(backends.explain(layer, torch.empty(1, 1, 8, device=kind)))[name]
+        # A backend whose kernels come per instruction set says which one it picked.
+        isa = getattr(backends.get(name), "isa", None)
+        states.append({"backend": name, "reasons": reasons, "isa": isa() if callable(isa) else isa})
+    return states
+
+
+def gather() -> dict[str, Any]:
+    """Everything that `festina info` tells."""
+    return {
+        "festina": festina.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": devices(),
+        "threads": {"used": torch.get_num_threads(), "cores": os.cpu_count()},
+        "backends": backend_states(),
+        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FESTINA_")},
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts for people, one a line."""
+    rows = [(key, str(facts[key])) for key in ("festina", "torch", "python", "platform")]
+    rows += [(found["device"], found["name"]) for found in facts["devices"]]
+    rows.append(("threads", f"{facts['threads']['used']} of {facts['threads']['cores']} cores"))
+    rows += [(key, value) for key, value in facts["environment"].items()]
+    width = max(len(key) for key, _ in rows) + 2
+    lines = [f"{key:<{width}}{value}" for key, value in rows]
+
+    lines.append("backends, best first:")
+    for state in facts["backends"]:
+        isa = f" ({state['isa']})" if state["isa"] else ""
+        for kind, reason in state["reasons"].items():
+            lines.append(f"  {state['backend']:<{width - 2}}{kind}: {reason or f'ready{isa}'}")
+    return "\n".join(lines)
