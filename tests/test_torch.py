@@ -17,7 +17,7 @@ import festina
 from festina import ops, packing
 
 T, B, I, H = 6, 4, 3, 5
-F64 = {"dtype": torch.float64}
+F64: dict[str, Any] = {"dtype": torch.float64}
 some_variants = pytest.mark.parametrize("variant", ["lstm-haste", "lstm-icefall", "gru", "gru-dreamer", "indrnn-haste"])
 
 
@@ -58,8 +58,6 @@ def sample_calls() -> dict[str, ops.Arguments]:
 
     lengths, resets = {"lengths": [3, 6, 0, 2]}, {"resets": torch.rand(T, B) < 0.3}
     return {
-        "plain": arguments("lstm", {}),
-        "lengths": arguments("lstm-haste", lengths, bidirectional=True),
         "masks": arguments("gru-dreamer", {**lengths, **resets}, zoneout=0.5),
         "everything": arguments(
             "lstm-icefall", {**lengths, **resets}, bidirectional=True, proj_size=2, zoneout=0.5, zoneout_cell=0.5
@@ -68,7 +66,7 @@ def sample_calls() -> dict[str, ops.Arguments]:
     }
 
 
-@pytest.mark.parametrize("case", ["plain", "lengths", "masks", "everything", "indrnn"])
+@pytest.mark.parametrize("case", ["masks", "everything", "indrnn"])
 def test_opcheck(case: str) -> None:
     """Schema, fake shapes, autograd and the dispatch of compiled graphs, of every operator."""
     *options, input, state, parameters = sample_calls()[case]
@@ -99,6 +97,7 @@ def test_a_layer_compiles_that_has_never_run(compiler: None) -> None:
     assert_same(got, layer(x))
 
 
+@pytest.mark.slow
 def test_compiled_training_step_by_inductor(compiler: None) -> None:
     """Two layers, both directions, with resets; then the same module in inference."""
     layer = make("lstm-haste", I, H, 2, bidirectional=True)
@@ -112,7 +111,7 @@ def test_compiled_training_step_by_inductor(compiler: None) -> None:
         assert_same(compiled(x, resets=resets), layer(x, resets=resets), 1e-4, 1e-5)
 
 
-@some_variants
+@pytest.mark.parametrize("variant", ["lstm-haste", "gru-dreamer"])
 def test_one_graph_for_every_length_and_batch(variant: str, compiler: None) -> None:
     layer = make(variant, I, H, **F64)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -157,12 +156,12 @@ def test_compiled_zoneout_and_dropconnect_draw_from_the_generator(compiler: None
     layer = make("gru-haste", I, H, zoneout=0.5, dropconnect=0.5)
     compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(T, B, I)
 
-    def run(seed: int) -> Tensor:
+    def run(module: Any, seed: int) -> Tensor:
         torch.manual_seed(seed)
-        return compiled(x)[0]  # type: ignore[no-any-return]
+        return module(x)[0]  # type: ignore[no-any-return]
 
-    assert_same(run(1), run(1), 0, 0)
-    assert not torch.equal(run(1), run(2))
+    assert_same(run(compiled, 1), run(layer, 1), 1e-6, 1e-6)
+    assert not torch.equal(run(compiled, 1), run(compiled, 2))
 
 
 # torch.export
