@@ -17,7 +17,7 @@ from festina import NormPlan, functional
 
 # The same examples at every run; shrinking is left out, since a failing case is small as it is.
 some = settings(
-    max_examples=3,
+    max_examples=2,
     derandomize=True,
     database=None,
     deadline=None,
@@ -227,7 +227,7 @@ def test_the_cell_step_by_step_is_the_layer(variant: str, seed: int) -> None:
     assert_same(map_state(here, lambda s: s.unsqueeze(0)), state)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "-" in v and "joint" not in v and v != "indrnn-relu"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "-" in v and v != "indrnn-relu"])
 @some
 @given(seed=seeds, factor=st.floats(0.1, 100.0))
 def test_a_positive_factor_vanishes_under_its_norm(variant: str, seed: int, factor: float) -> None:
