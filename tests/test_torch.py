@@ -80,8 +80,7 @@ def test_opcheck(case: str) -> None:
         ("recurrence_train", call),
         ("recurrence_backward", (*call, output, state_n, saved, d_output, d_h_n, d_c_n, wanted)),
     ):
-        # What AOT dispatch makes of the backward is judged by the gradients of compiled layers below.
-        utils = ("test_schema", "test_faketensor") + ("test_aot_dispatch_dynamic",) * (name != "recurrence_backward")
+        utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(getattr(torch.ops.festina, name).default, args, test_utils=utils)
 
 
