@@ -288,6 +288,26 @@ def test_own_state_dict_without_its_plan_is_refused() -> None:
         convert.load("festina.GRU", state)
 
 
+@pytest.mark.parametrize("saved", [torch.tensor([123, 34], dtype=torch.uint8), torch.tensor([0.5]), "HASTE"])
+def test_own_state_dict_with_a_broken_plan_is_refused(saved: Any) -> None:
+    state = {**festina.LayerNormGRU(I, H).state_dict(), "_extra_state": saved}
+    with pytest.raises((convert.ConvertError, TypeError)):
+        convert.load("festina.GRU", state)
+
+
+def test_a_layer_of_a_format_without_bias_or_norms_on_c() -> None:
+    """What a checkpoint leaves out, the layer leaves out: no bias, no projection, no inner bias."""
+    cell = nn.GRUCell(I, H, bias=False)
+    assert not convert.load("torch.GRU", cell.state_dict()).bias
+    formula = next(formula for formula in FORMULAS if formula.format == "sheeprl.LayerNormGRUCell")
+    without = convert.load(formula.format, random_tensors(formula))
+    assert without.norm == norms.DREAMER
+    with_bias = convert.load(formula.format, {**random_tensors(formula), "linear.bias": torch.ones(3 * H)})
+    assert with_bias.norm == norms.DREAMER_V2
+    assert "linear.bias" not in convert.dump(formula.format, without)
+    assert "linear.bias" in convert.dump(formula.format, with_bias)
+
+
 STACKS = {
     "fastrnns.LayerNormLSTMCell": "layers.{l}.directions.{d}.cell.{key}",
     "nemo.LayerNormLSTMCell": "layers.{l}.cell.{key}",

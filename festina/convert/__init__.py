@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -128,7 +129,9 @@ def load(
     >>> output, h_n = layer(torch.zeros(7, 2, 3))
     """
     found = {
-        key.removeprefix(prefix).removesuffix(":0"): value if isinstance(value, Tensor) else torch.as_tensor(value)
+        key.removeprefix(prefix).removesuffix(":0"): value
+        if isinstance(value, Tensor)
+        else torch.tensor(np.asarray(value))
         for key, value in state_dict.items()
         if key.startswith(prefix)
     }

@@ -65,8 +65,7 @@ class Table:
 
     def find(self, key: str, scope: str, l: int, d: int, state: Mapping[str, Tensor]) -> str:
         """`full`, under the spelling that `state` has it."""
-        spellings = (key, *(alias for alias in [self.aliases.get(key)] if alias))
-        names = [self.full(spelling, scope, l, d) for spelling in spellings]
+        names = [self.full(spelling, scope, l, d) for spelling in (key, self.aliases.get(key, key))]
         return next((name for name in names if name in state), names[0])
 
 
@@ -84,13 +83,10 @@ def read(
     state = dict(state)
     plan = table.plan
     if plan is None:
-        plan = saved_plan(state, "")
-        if plan is None:
-            raise ConvertError(f"the state dict has gains but does not say where they belong: {PLAN_KEY} is missing")
+        plan = table.cell.named(_own_plan(table, state))
         state.pop(PLAN_KEY, None)
-        plan = table.cell.named(table.cell.fit(plan))
     for key in table.stacked:
-        if key in state:
+        if key in state and state[key].dim():
             state.update({f"{key}.{l}": part for l, part in enumerate(state.pop(key).unbind(0))})
 
     scope, L, D = _extent(table, state)
@@ -250,6 +246,17 @@ def _shapes(spec: LayerSpec, sizes: tuple[int, int, int], l: int) -> dict[str, S
     """The shapes of the parameters of layer `l`; above the first, x is what both directions below gave."""
     I, H, P = sizes
     return spec.parameter_shapes(spec.directions * P if l else I, H, P)
+
+
+def _own_plan(table: Table, state: Mapping[str, Tensor]) -> NormPlan:
+    """The plan that a state dict of ours says it has."""
+    try:
+        plan = saved_plan(dict(state), "")
+        if plan is not None:
+            return table.cell.fit(plan)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConvertError(f"{PLAN_KEY} must hold a norm plan as festina saves it: {error}") from None
+    raise ConvertError(f"the state dict has gains but does not say where they belong: {PLAN_KEY} is missing")
 
 
 def _fed(layouts: Iterable[Layout]) -> set[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from festina.cells import indrnn_spec
 from festina.convert.engine import Table
 from festina.norms import PLANS
-from festina.spec import GRU, INDRNN, INDRNN_RELU, LSTM, CellSpec, LayerSpec
+from festina.spec import GRU, LSTM, CellSpec, LayerSpec
 
 
 def _own(cell: CellSpec) -> Table:
@@ -25,8 +26,8 @@ def gru() -> Table:
 
 
 def indrnn(nonlinearity: str = "tanh") -> Table:
-    """`festina.IndRNN`, `LayerNormIndRNN`, and their cells, of this nonlinearity."""
-    return _own({"tanh": INDRNN, "relu": INDRNN_RELU}[nonlinearity])
+    """`festina.IndRNN`, `LayerNormIndRNN`, and their cells, of this nonlinearity, which the state dict does not say."""
+    return _own(indrnn_spec(nonlinearity))
 
 
 FORMATS = {"festina.LSTM": lstm, "festina.GRU": gru, "festina.IndRNN": indrnn}
