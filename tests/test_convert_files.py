@@ -98,7 +98,7 @@ def write_torch(path: Path, trap: Trap) -> None:
 
 
 def write_pickle(path: Path, trap: Trap) -> None:
-    path.write_bytes(pickle.dumps(trap))
+    path.write_bytes(pickle.dumps(trap, protocol=2))
 
 
 def write_numpy(path: Path, trap: Trap) -> None:

@@ -129,9 +129,7 @@ def load(
     >>> output, h_n = layer(torch.zeros(7, 2, 3))
     """
     found = {
-        key.removeprefix(prefix).removesuffix(":0"): value
-        if isinstance(value, Tensor)
-        else torch.tensor(np.asarray(value))
+        key.removeprefix(prefix).removesuffix(":0"): _tensor(key, value)
         for key, value in state_dict.items()
         if key.startswith(prefix)
     }
@@ -169,6 +167,15 @@ def load(
             ):
                 own_parameter.copy_(value)
     return layer
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    try:
+        return torch.tensor(np.asarray(value))
+    except TypeError:
+        raise TypeError(f"{name} must be a tensor or an array, got a {type(value).__name__}") from None
 
 
 def dump(name: str, layer: Recurrent, **options: Any) -> dict[str, Tensor]:
