@@ -97,7 +97,7 @@ def check_lengths(lengths: Lengths, T: int, B: int) -> Tensor:
         )
     if lengths.shape != (B,):
         raise ValueError(f"lengths must be [B] = [{B}], one for each row, got {list(lengths.shape)}")
-    if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+    if B and not torch.onnx.is_in_onnx_export() and (int(lengths.min()) < 0 or int(lengths.max()) > T):
         raise ValueError(f"lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
     return lengths.long()
 
@@ -178,6 +178,11 @@ def pack(
         check_resets(resets, shape if input.dim() == 3 else (T,), axes if input.dim() == 3 else "[T]", input.device)
         resets = resets.view(shape).t() if batch_first else resets.view(shape)
 
+    if lengths is not None and torch.onnx.is_in_onnx_export():
+        runs = torch.arange(T).unsqueeze(1) < lengths
+        flat = None if resets is None else _directed(resets, lengths, directions).flatten(1)
+        packing = Packing(T, B, runs, flat, None, None, input, batch_first)
+        return packing.pack(batched), packing
     if lengths is None or bool((lengths == T).all()):
         flat = None if resets is None else _directed(resets, None, directions).flatten(1)
         packing = Packing(T, B, None, flat, None, None, input, batch_first)
