@@ -222,7 +222,7 @@ def advance(
     masks: Sequence[Tensor | None],
     rates: Sequence[float],
 ) -> State:
-    """`step` and what stands around it: reset, step, Zoneout. resets [B] bool; masks [B, P], [B, H] and rates of h and c."""
+    """`step`, a reset before it and Zoneout after it. resets [B] bool; masks [B, P], [B, H] and rates of h and c."""
     if resets is not None:
         state = tuple(torch.where(resets.unsqueeze(1), torch.zeros_like(s), s) for s in state)
     new = step(layer, x, state, p)
