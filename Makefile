@@ -1,4 +1,4 @@
-# make demo | test | lint | format | wheel | clean. Everything happens in .venv, which is made on first use.
+# make demo | test | lint | bench | info | format | wheel | clean. Everything happens in .venv, which is made on first use.
 #
 # PYTHON=python3.12 make test     another Python (3.10 or later)
 # make demo ARGS="--steps 200"    arguments for the program behind a target
@@ -23,7 +23,7 @@ install = $(PY) -m pip install $(1)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup info demo test lint format wheel clean distclean
+.PHONY: help setup info demo bench test lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -54,6 +54,9 @@ info: setup
 
 demo: setup
 	@$(PY) -m festina demo $(ARGS)
+
+bench: setup
+	@$(PY) -m festina bench $(ARGS)
 
 # One thread per worker: the workers already fill the cores.
 test: setup

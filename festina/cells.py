@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,7 @@ class Cell(RecurrentBase):
             input_size,
             hidden_size,
             proj_size,
-            spec.LayerSpec(self.cell_spec, plan, bias, proj_size > 0),
+            spec.LayerSpec(self.cell_spec, plan, bias, proj_size != 0),
             [[""]],
             zoneout,
             zoneout_cell,
@@ -65,18 +66,20 @@ class Cell(RecurrentBase):
     def sharing(cls, layer: Recurrent, index: int, reverse: bool) -> Cell:
         """The cell of one direction of layer `index`, on the same parameters; users call `layer.cell`."""
         spec, D = layer.spec, layer.spec.directions
-        cell = cls(
-            layer.output_size * D if index else layer.input_size,
-            layer.hidden_size,
-            layer.bias,
-            device="meta",
-            proj_size=layer.proj_size,
-            norm=layer.norm,
-            zoneout=layer.zoneout,
-            zoneout_cell=layer.zoneout_cell,
-            dropconnect=layer.dropconnect,
-            **layer.cell_options(),
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the layer has said it
+            cell = cls(
+                layer.output_size * D if index else layer.input_size,
+                layer.hidden_size,
+                layer.bias,
+                device="meta",
+                proj_size=layer.proj_size,
+                norm=layer.norm,
+                zoneout=layer.zoneout,
+                zoneout_cell=layer.zoneout_cell,
+                dropconnect=layer.dropconnect,
+                **layer.cell_options(),
+            )
         of_direction = layer.layer_parameters(index)[len(spec.parameter_names) * reverse :]
         for name, parameter in zip(spec.parameter_names, of_direction):
             if not isinstance(parameter, nn.Parameter):

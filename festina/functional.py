@@ -33,7 +33,7 @@ def recurrence(call: Call) -> backends.Outputs:
     """
     device = call.input.device.type
     if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
+        low = _float32_becomes(device)
         call = call.with_tensors([t.to(low) if t.dtype == torch.float32 else t for t in call.tensors()])
     if torch._C._are_functorch_transforms_active():
         return reference.run(call)
@@ -90,17 +90,24 @@ def layer(
     steps, packing = pack(input, spec.directions, batch_first, lengths, resets)
     weight_ih = per_direction[0]["weight_ih"]
     check_input(steps, weight_ih.shape[1], weight_ih)
-    check_rates(zoneout=zoneout, zoneout_cell=zoneout_cell)
+    check_rates(spec.cell, zoneout=zoneout, zoneout_cell=zoneout_cell)
+    if zoneout_cell_mask is not None and "c" not in spec.cell.states:
+        raise ValueError(f"zoneout_cell_mask must be None: the {cell} cell has no c")
     axes = packing.state_axes({"num_directions": spec.directions})
     state = initial_state(spec.cell, hx, axes, (spec.directions, packing.B), (P, H), steps)
 
     def packed(mask: Tensor | None, name: str, width: int) -> Tensor | None:
         if mask is None:
             return None
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{name} must be a bool tensor, got {got}")
         axes = (packing.B, packing.T) if batch_first else (packing.T, packing.B)
         want = (spec.directions, *axes, width)
-        if mask.dtype != torch.bool or mask.shape != want:
-            raise ValueError(f"{name} must be bool {list(want)}, got {mask.dtype} {list(mask.shape)}")
+        if mask.shape != want or mask.device != steps.device:
+            raise ValueError(
+                f"{name} must be {list(want)} on {steps.device} as the input, got {list(mask.shape)} on {mask.device}"
+            )
         return torch.stack([packing.pack(direction) for direction in mask])
 
     output, h_n, c_n = recurrence(
@@ -126,7 +133,9 @@ def check_parameters(cell: str, norm: NormPlan, per_direction: Sequence[Paramete
     """The layer that the parameters make, its H and its P.
 
     Raises:
-        ValueError: the cell is unknown, the norm does not fit it, or names or shapes are not those of such a layer.
+        TypeError: the norm is no plan, or a parameter no tensor.
+        ValueError: the cell is unknown, the norm does not fit it, or names, shapes, dtypes or devices are not those of
+            such a layer.
     """
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(map(repr, CELLS))}, got {cell!r}")
@@ -136,6 +145,12 @@ def check_parameters(cell: str, norm: NormPlan, per_direction: Sequence[Paramete
     for name in ("weight_ih", "weight_hh"):
         if name not in first:
             raise ValueError(f"parameters must hold {name}, got {', '.join(first) or 'none'}")
+    for name, tensor in ((name, tensor) for held in per_direction for name, tensor in held.items()):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if name in ("weight_ih", "weight_hr") and tensor.dim() != 2:
+            raise ValueError(f"{name} must be a matrix, got {list(tensor.shape)}")
+        _check_like(name, tensor, first["weight_ih"], "weight_ih")
     bias = any(name.startswith("bias") for name in first)
     spec = LayerSpec(CELLS[cell], norm, bias, "weight_hr" in first, len(per_direction))
     H = first["weight_ih"].shape[0] // len(spec.cell.gates)
@@ -148,8 +163,19 @@ def check_parameters(cell: str, norm: NormPlan, per_direction: Sequence[Paramete
     return spec, H, P
 
 
-def check_rates(**rates: float) -> None:
-    """Raise unless every rate is a number in [0, 1].
+def check_flags(**flags: bool) -> None:
+    """Raise unless every flag is a bool, as in `torch.nn`: an argument in a wrong place shows.
+
+    Raises:
+        TypeError: it is not.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def check_rates(cell: CellSpec, **rates: float) -> None:
+    """Raise unless every rate is a number in [0, 1], and `zoneout_cell` is 0 where the cell has no c.
 
     Raises:
         ValueError: it is not.
@@ -157,6 +183,8 @@ def check_rates(**rates: float) -> None:
     for name, rate in rates.items():
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
             raise ValueError(f"{name} must be a probability in [0, 1], got {rate!r}")
+    if rates.get("zoneout_cell") and "c" not in cell.states:
+        raise ValueError(f"zoneout_cell must be 0: the {cell.name} cell has no c, got {rates['zoneout_cell']}")
 
 
 def check_input(steps: Tensor, input_size: int, weight: Tensor) -> None:
@@ -170,8 +198,13 @@ def check_input(steps: Tensor, input_size: int, weight: Tensor) -> None:
     _check_like("input", steps, weight, "the parameters")
 
 
+def _float32_becomes(device: str) -> torch.dtype:
+    """The type in which float32 tensors are computed with: autocast's, or float32 itself outside of it."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+
+
 def _check_like(name: str, tensor: Tensor, like: Tensor, whose: str) -> None:
-    if tensor.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+    if tensor.dtype != like.dtype and {tensor.dtype, like.dtype} != {torch.float32, _float32_becomes(like.device.type)}:
         raise ValueError(f"{name} must be {like.dtype} as {whose}, got {tensor.dtype}; call .to({like.dtype})")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} as {whose}, got {tensor.device}; move one of them")
@@ -211,11 +244,14 @@ def initial_state(
     for state, tensor in zip(cell.states, given, strict=True):
         name = f"{state}_0"
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+            raise TypeError(
+                f"{name} must be a Tensor, got {type(tensor).__name__}; torch.zeros is the state of a start"
+            )
         want_shape = (*axes.values(), sizes[state])
         if tensor.shape != want_shape:
             named = ", ".join((*axes, "P" if state == "h" else "H"))
-            raise ValueError(f"{name} must be [{named}] = {list(want_shape)}, got {list(tensor.shape)}")
+            hint = f"; call {name}.unsqueeze(0) for the first axis" if (1, *tensor.shape) == want_shape else ""
+            raise ValueError(f"{name} must be [{named}] = {list(want_shape)}, got {list(tensor.shape)}{hint}")
         _check_like(name, tensor, steps, "the input")
         states.append(tensor.reshape(*shape, sizes[state]))
     return states

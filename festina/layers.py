@@ -65,7 +65,8 @@ class Recurrent(RecurrentBase):
             raise TypeError(f"num_layers must be an int, got {type(num_layers).__name__}")
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
-        functional.check_rates(dropout=dropout)
+        functional.check_rates(self.cell_spec, dropout=dropout)
+        functional.check_flags(batch_first=batch_first, bidirectional=bidirectional)
         if dropout and num_layers == 1:
             warnings.warn(f"dropout={dropout} acts between layers, and there is only one layer", stacklevel=2)
         plan = self.default_norm if norm is None else norm
@@ -74,7 +75,7 @@ class Recurrent(RecurrentBase):
             input_size,
             hidden_size,
             proj_size,
-            spec.LayerSpec(self.cell_spec, plan, bias, proj_size > 0, len(ends)),
+            spec.LayerSpec(self.cell_spec, plan, bias, proj_size != 0, len(ends)),
             [[f"_l{layer}{end}" for end in ends] for layer in range(num_layers)],
             zoneout,
             zoneout_cell,

@@ -57,9 +57,12 @@ class RecurrentBase(nn.Module):
             raise ValueError(f"proj_size must lie in [0, hidden_size) = [0, {hidden_size}), got {proj_size}")
         if proj_size and not spec.cell.projects:
             raise ValueError(f"proj_size must be 0: the {spec.cell.name} cell has no projection, got {proj_size}")
-        functional.check_rates(zoneout=zoneout, zoneout_cell=zoneout_cell, dropconnect=dropconnect)
-        if zoneout_cell and "c" not in spec.cell.states:
-            raise ValueError(f"zoneout_cell must be 0: the {spec.cell.name} cell has no c, got {zoneout_cell}")
+        functional.check_flags(bias=spec.bias)
+        functional.check_rates(spec.cell, zoneout=zoneout, zoneout_cell=zoneout_cell, dropconnect=dropconnect)
+        if forget_bias is not None and not (
+            isinstance(forget_bias, (int, float)) and not isinstance(forget_bias, bool) and math.isfinite(forget_bias)
+        ):
+            raise ValueError(f"forget_bias must be a finite number, got {forget_bias!r}")
         if forget_bias and "f" not in spec.cell.gates:
             raise ValueError(f"forget_bias must be 0: the {spec.cell.name} cell has no forget gate, got {forget_bias}")
         if input_size == 1 and spec.plan.placement == "separate" and not spec.plan.inner_bias:
@@ -180,18 +183,20 @@ class RecurrentBase(nn.Module):
     ) -> None:
         """Load unless the checkpoint was saved under another plan: then nothing of this module is touched."""
         key = prefix + _PLAN_KEY
-        saved = state_dict.get(key)
-        if saved is None:
-            if strict and not self.norm.is_none:
-                missing_keys.append(key)
-        else:
-            plan = NormPlan.from_json(bytes(saved.tolist()).decode())
-            if plan != self.norm:
-                error_msgs.append(
-                    f"{prefix}: the checkpoint was saved under the norm plan {plan}, this layer has {self.norm}; "
-                    f"the same weights make another function there. Build the layer with norm={plan!r}"
-                )
-                return
+        try:
+            plan = _saved_plan(state_dict, prefix)
+        except (AttributeError, TypeError, ValueError) as error:
+            error_msgs.append(f"{key} must hold a norm plan as festina saves it, but it cannot be read: {error}")
+            return
+        if plan is None and strict and not self.norm.is_none:
+            missing_keys.append(key)
+        if plan is not None and plan != self.norm and not (plan.is_none and self.norm.is_none):
+            error_msgs.append(
+                f"{prefix or type(self).__name__}: the checkpoint was saved under the norm plan {plan}, this layer has "
+                f"{self.norm}; the same weights make another function there. Build the layer with norm={plan!r}, or, to "
+                "start from these weights all the same, load {**layer.state_dict(), **weights}"
+            )
+            return
         rest = {name: value for name, value in state_dict.items() if name != key}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
@@ -208,3 +213,15 @@ class RecurrentBase(nn.Module):
     def _repr_defaults(self) -> dict[str, Any]:
         """Options that are shown where they differ from these."""
         return {}
+
+
+def _saved_plan(state_dict: dict[str, Any], prefix: str) -> NormPlan | None:
+    """The plan of the layer that was saved under `prefix`; None if nothing was, or if it had norms but not their plan.
+
+    Weights without any gain are those of a plain layer: torch.nn saves no plan, and neither does festina for one.
+    """
+    saved = state_dict.get(prefix + _PLAN_KEY)
+    if saved is not None:
+        return NormPlan.from_json(bytes(saved.tolist()).decode())
+    is_plain = not any(name.startswith(prefix + "gain") for name in state_dict)
+    return norms.NONE if is_plain and any(name.startswith(prefix + "weight_ih") for name in state_dict) else None

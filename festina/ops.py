@@ -1,4 +1,4 @@
-"""The operators `festina::recurrence`, `recurrence_train` and `recurrence_backward`: schemas, shapes, autograd.
+"""The operators `festina::recurrence`, `recurrence_train`, `recurrence_backward` and `sort_rows`: schemas, shapes, autograd.
 
 One operator call is one layer over time, every direction. `recurrence` is what callers use; under autograd it becomes
 `recurrence_train`, whose outputs and saved tensors `recurrence_backward` turns into gradients. The backend is chosen when
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from festina import backends
 from festina.backends.eager import gradients
+from festina.packing import sort_rows
 from festina.reference import Call
 from festina.spec import LayerSpec
 
@@ -27,6 +28,9 @@ _CALL = (
 )
 
 _library = torch.library.Library("festina", "DEF")
+_library.define(
+    "sort_rows(Tensor lengths, SymInt T, bool batch_first) -> (Tensor order, Tensor batch_sizes, Tensor index)"
+)
 _library.define(f"recurrence({_CALL}) -> (Tensor output, Tensor[] state_n)")
 _library.define(f"recurrence_train({_CALL}) -> (Tensor output, Tensor[] state_n, Tensor[] saved)")
 _library.define(
@@ -119,6 +123,12 @@ def _recurrence_backward_fake(*args: Any) -> list[Tensor]:
     ]
 
 
+def _sort_rows_fake(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    context = torch.library.get_ctx()  # how many steps are valid, and how many the longest row has, only numbers tell
+    longest, valid = context.new_dynamic_size(), context.new_dynamic_size()
+    return torch.empty_like(lengths), lengths.new_empty(longest), lengths.new_empty(valid)
+
+
 class _Recurrence(torch.autograd.Function):
     """Autograd of `recurrence`. Nothing saved is ever overwritten, so backward runs as often as it is asked to."""
 
@@ -169,6 +179,7 @@ def _recurrence_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 for _name, _kernel, _fake in (
+    ("sort_rows", sort_rows, _sort_rows_fake),
     ("recurrence", _recurrence, _recurrence_fake),
     ("recurrence_train", _recurrence_train, _recurrence_train_fake),
     ("recurrence_backward", _recurrence_backward, _recurrence_backward_fake),

@@ -22,7 +22,8 @@ class Packing:
 
     Args:
         T, B: steps and rows of the batch.
-        batch_sizes: `[T']` int64 on the CPU, rows running at each step; None where all run to the end.
+        batch_sizes: `[T']` int64 on the CPU, rows running at each step; None where all run to the end. Inside an ONNX export
+            `[T, B]` bool, which rows run: there nothing is packed (`festina.onnx`).
         resets: `[D, N]` bool, what `festina.reference.Call` takes, or None.
         order: `[B]`, which row of the batch each packed row is; None where rows kept their places.
         index: `[N]`, where in the flattened batch each packed step comes from; None where nothing moved.
@@ -50,6 +51,9 @@ class Packing:
 
     def pack(self, padded: Tensor) -> Tensor:
         """A batch `[T, B, W]` (`[B, T, W]` under batch_first), packed: `[N, W]`."""
+        if isinstance(self.like, PackedSequence):
+            index = _places(self.like, _lengths(self.like), self.batch_first)
+            return padded.reshape(self.T * self.B, padded.shape[2]).index_select(0, index)
         if self.index is not None:
             return padded.reshape(self.T * self.B, padded.shape[2]).index_select(0, self.index)
         if self.batch_first:
@@ -80,26 +84,46 @@ class Packing:
         return state if self.is_batched else state.squeeze(1)
 
 
-def check_lengths(lengths: Lengths, T: int, B: int) -> Tensor:
-    """`lengths` as an int64 tensor on the CPU.
+def check_lengths(lengths: Lengths, B: int) -> Tensor:
+    """`lengths` as an int64 tensor on the CPU; `sort_rows` checks the numbers.
 
     Raises:
         TypeError: not integers.
-        ValueError: not `[B]`, not on the CPU, or a length below 0 or above T.
+        ValueError: not `[B]`, or not on the CPU.
     """
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, dtype=None if len(lengths) else torch.int64)
+        try:
+            lengths = torch.tensor(lengths, dtype=None if len(lengths) else torch.int64)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"lengths must be a tensor or a list of integers, one for each row, got {lengths!r}"
+            ) from None
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths must hold integers, got {lengths.dtype}; call lengths.long()")
+        raise TypeError(f"lengths must hold integers, the steps of each row, got {lengths.dtype}")
     if lengths.device.type != "cpu":
         raise ValueError(
             f"lengths must be on the CPU, where the batch is laid out, got {lengths.device}; call lengths.cpu()"
         )
     if lengths.shape != (B,):
         raise ValueError(f"lengths must be [B] = [{B}], one for each row, got {list(lengths.shape)}")
-    if B and not torch.onnx.is_in_onnx_export() and (int(lengths.min()) < 0 or int(lengths.max()) > T):
-        raise ValueError(f"lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
     return lengths.long()
+
+
+def sort_rows(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """How rows of these `lengths` are packed: `order`, `batch_sizes` and `index` of a `Packing`.
+
+    The operator `festina::sort_rows` is the same for torch.compile, which cannot follow sizes that hang on numbers.
+
+    Raises:
+        ValueError: a length below 0 or above T.
+    """
+    B = len(lengths)
+    if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+        raise ValueError(f"lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
+    order = torch.argsort(lengths, descending=True, stable=True)
+    by_length = lengths[order]
+    steps = torch.arange(int(by_length[0]) if B else 0)
+    return order, (steps.unsqueeze(1) < by_length).sum(1), _index(by_length, order, T, B, batch_first)
 
 
 def check_resets(resets: Tensor, shape: tuple[int, ...], axes: str, device: torch.device) -> None:
@@ -111,7 +135,7 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], axes: str, device: torc
     """
     if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
         got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
-        raise TypeError(f"resets must be a bool tensor, got {got}; call resets.bool()")
+        raise TypeError(f"resets must be a bool tensor, got {got}; torch.as_tensor(resets).bool() is one")
     if resets.shape != shape:
         raise ValueError(f"resets must be {axes} = {list(shape)}, got {list(resets.shape)}")
     if resets.device != device:
@@ -123,6 +147,18 @@ def _index(lengths: Tensor, order: Tensor, T: int, B: int, batch_first: bool) ->
     t = torch.arange(T).unsqueeze(1)
     places = order * T + t if batch_first else t * B + order
     return places[t < lengths]
+
+
+def _lengths(packed: PackedSequence) -> Tensor:
+    """The length of each row of a `PackedSequence`, longest first."""
+    return (packed.batch_sizes.unsqueeze(1) > torch.arange(int(packed.batch_sizes[0]))).sum(0)
+
+
+def _places(packed: PackedSequence, by_length: Tensor, batch_first: bool) -> Tensor:
+    """Where in the flattened batch each step of a `PackedSequence` comes from."""
+    T, B = len(packed.batch_sizes), len(by_length)
+    order = torch.arange(B) if packed.sorted_indices is None else packed.sorted_indices.cpu()
+    return _index(by_length, order, T, B, batch_first).to(packed.data.device)
 
 
 def _directed(resets: Tensor, lengths: Tensor | None, directions: int) -> Tensor:
@@ -172,7 +208,7 @@ def pack(
     if lengths is not None:
         if input.dim() == 2:
             raise ValueError("lengths belong to a batch, but input is one row, [T, I]; cut it with input[:length]")
-        lengths = check_lengths(lengths, T, B)
+        lengths = check_lengths(lengths, B)
     if resets is not None:
         shape, axes = ((B, T), "[B, T]") if batch_first else ((T, B), "[T, B]")
         check_resets(resets, shape if input.dim() == 3 else (T,), axes if input.dim() == 3 else "[T]", input.device)
@@ -183,16 +219,16 @@ def pack(
         flat = None if resets is None else _directed(resets, lengths, directions).flatten(1)
         packing = Packing(T, B, runs, flat, None, None, input, batch_first)
         return packing.pack(batched), packing
-    if lengths is None or bool((lengths == T).all()):
+    is_compiling = torch.compiler.is_compiling()
+    if lengths is None or not (is_compiling or bool((lengths != T).any())):
         flat = None if resets is None else _directed(resets, None, directions).flatten(1)
         packing = Packing(T, B, None, flat, None, None, input, batch_first)
         return packing.pack(batched), packing
-    order = torch.argsort(lengths, descending=True, stable=True)
-    by_length = lengths[order]
-    batch_sizes = (torch.arange(int(by_length[0])).unsqueeze(1) < by_length).sum(1)
-    index = _index(by_length, order, T, B, batch_first).to(input.device)
+    sort = torch.ops.festina.sort_rows if is_compiling else sort_rows
+    order, batch_sizes, index = sort(lengths, T, batch_first)
+    index = index.to(input.device)
     if resets is not None:
-        steps = index if not batch_first else _index(by_length, order, T, B, False).to(input.device)
+        steps = index % T * B + index // T if batch_first else index
         resets = _directed(resets, lengths, directions).flatten(1)[:, steps]
     packing = Packing(T, B, batch_sizes, resets, order.to(input.device), index, input, batch_first)
     return packing.pack(batched), packing
@@ -209,10 +245,8 @@ def _pack_packed(
             resets, (B, T) if batch_first else (T, B), "[B, T]" if batch_first else "[T, B]", input.data.device
         )
         resets = resets.t() if batch_first else resets
-        by_length = (input.batch_sizes.unsqueeze(1) > torch.arange(B)).sum(0)
-        if input.sorted_indices is not None:
-            resets = resets[:, input.sorted_indices]
-        steps = _index(by_length, torch.arange(B), T, B, False).to(resets.device)
-        resets = _directed(resets, by_length, directions).flatten(1)[:, steps]
+        by_length = _lengths(input)
+        lengths = by_length if input.unsorted_indices is None else by_length[input.unsorted_indices.cpu()]
+        resets = _directed(resets, lengths, directions).flatten(1)[:, _places(input, by_length, False)]
     packing = Packing(T, B, input.batch_sizes, resets, input.sorted_indices, None, input, batch_first)
     return input.data, packing

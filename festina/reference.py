@@ -178,7 +178,7 @@ def step(layer: LayerSpec, x: Tensor, state: State, p: dict[str, Tensor]) -> Sta
     product = product.view(x.shape)
     pre: PreActivations
     if plan.placement == "joint":
-        pre = (normalize(x + product, plan, p["gain"], p.get("bias")),)
+        pre = (normalize(x + product, plan, p["gain_joint"], p.get("bias_joint")),)
     elif "gain_hh" in p:
         pre = (x, normalize(product, plan, p["gain_hh"], p.get("bias_hh")))
     elif "bias_hh" in p:

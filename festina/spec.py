@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 from festina.norms import NONE, NormPlan
 
@@ -53,8 +53,13 @@ class CellSpec:
         """The plan as this cell carries it out; a cell without c has no norm on c.
 
         Raises:
+            TypeError: `plan` is no plan.
             ValueError: the cell has no such placement or grouping.
         """
+        if not isinstance(plan, NormPlan):
+            raise TypeError(
+                f"norm must be a NormPlan, such as norms.HASTE, got {plan!r}; festina.norms has the named ones"
+            )
         if plan.placement not in self.steps:
             raise ValueError(
                 f"the norm plan {plan} does not fit the {self.name} cell: placement must be one of "
@@ -112,9 +117,18 @@ class LayerSpec:
     bias: bool = True
     projected: bool = False
     directions: int = 1
+    parameter_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """The names of `parameter_shapes`, in order."""
+    token: str = field(init=False, repr=False, compare=False)
+    """The layer as one string, for operators; `LayerSpec.parse` gives it back."""
 
     def __post_init__(self) -> None:
+        # Both are asked for at every call. Not cached properties: torch.compile cannot trace their lock (Python < 3.12).
         object.__setattr__(self, "plan", self.cell.fit(self.plan))
+        object.__setattr__(self, "parameter_names", tuple(self.parameter_shapes(1, 1, 1)))
+        fields = {"plan": self.plan.to_dict(), "bias": self.bias, "projected": self.projected}
+        token = json.dumps({"cell": self.cell.name, **fields, "directions": self.directions})
+        object.__setattr__(self, "token", token)
 
     def __hash__(self) -> int:
         return hash(self.token)  # a string keeps its hash; this one is asked for at every call
@@ -137,47 +151,29 @@ class LayerSpec:
             ("weight_hr", (P, H), self.projected),
             ("gain_ih", (G * H,), separate),
             ("gain_hh", (G * H,), separate and matrix),
-            ("gain", (G * H,), joint),
-            ("bias", (G * H,), joint and self.bias),
+            ("gain_joint", (G * H,), joint),
+            ("bias_joint", (G * H,), joint and self.bias),
             ("bias_inner", (G * H,), self.plan.inner_bias and self.bias),
             ("gain_c", (H,), self.plan.cell != "none"),
             ("bias_c", (H,), self.plan.cell != "none" and self.bias),
         ]
         return {name: shape for name, shape, present in table if present}
 
-    @cached_property
-    def parameter_names(self) -> tuple[str, ...]:
-        """The names of `parameter_shapes`, in order."""
-        return tuple(self.parameter_shapes(1, 1, 1))
-
-    @cached_property
+    @property
     def norm_shifts(self) -> frozenset[str]:
         """The parameters that are added right after a norm."""
-        products = {"none": (), "separate": ("bias_ih", "bias_hh"), "joint": ("bias",)}[self.plan.placement]
+        products = {"none": (), "separate": ("bias_ih", "bias_hh"), "joint": ("bias_joint",)}[self.plan.placement]
         return frozenset((*products, "bias_c")) & frozenset(self.parameter_names)
 
-    @cached_property
+    @property
     def shift(self) -> str | None:
         """The parameter that is added to the pre-activations last on the input side: where a forget bias is put."""
-        return next((name for name in ("bias_ih", "bias") if name in self.parameter_names), None)
+        return next((name for name in ("bias_ih", "bias_joint") if name in self.parameter_names), None)
 
     @property
     def step(self) -> str:
         """The name of the step function that serves this layer."""
         return self.cell.steps[self.plan.placement]
-
-    @cached_property
-    def token(self) -> str:
-        """The layer as one string, for operators; `LayerSpec.parse` gives it back."""
-        return json.dumps(
-            {
-                "cell": self.cell.name,
-                "plan": self.plan.to_dict(),
-                "bias": self.bias,
-                "projected": self.projected,
-                "directions": self.directions,
-            }
-        )
 
     @staticmethod
     @cache

@@ -51,17 +51,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to compare, of {', '.join(model.LAYERS)} (default: {' '.join(model.DEFAULT)})",
     )
     for name, default, what in (
-        ("steps", 500, "training steps"),
+        ("steps", 600, "training steps"),
         ("hidden", 128, "hidden size H"),
         ("layers", 1, "recurrent layers"),
-        ("batch", 32, "rows B of a batch, over all processes"),
-        ("length", 64, "steps T of a window; the state is carried on to the next one"),
+        ("batch", 64, "rows B of a batch, over all processes"),
+        ("length", 32, "steps T of a window; the state is carried on to the next one"),
     ):
         parser.add_argument(
             f"--{name}", type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
         )
     parser.add_argument(
-        "--lr", type=rate, default=5e-3, metavar="X", help="Adam's learning rate (default: %(default)s)"
+        "--lr", type=rate, default=1e-2, metavar="X", help="Adam's learning rate (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every model's start (default: 0)")
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")

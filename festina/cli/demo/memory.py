@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from festina import backends
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -27,7 +29,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
 def _start_peak() -> int | None:
     """Set the kernel's high-water mark back to what is resident now, and return that."""
     try:
-        # Memory that was freed but not handed back would be used again without showing: glibc hands it back here.
+        # Memory that is idle but was not handed back would be used again without showing: hand it back now. A backend
+        # that keeps buffers for later frees them in `release_memory`, glibc in malloc_trim.
+        for name in backends.names():
+            getattr(backends.get(name), "release_memory", bool)()
         ctypes.CDLL(None).malloc_trim(0)
         _RESET.write_text("5")
         return _resident("VmRSS")

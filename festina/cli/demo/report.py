@@ -88,7 +88,7 @@ def at_percent(race: Race, racer: Racer, percent: int) -> float | None:
 def crossings(race: Race) -> list[dict[str, Any]]:
     """For every other model, the step at which it reached what the first one had at its last validation."""
     first, *others = race.racers
-    if not first.record.validation_bits:
+    if len(first.record.validation_bits) < 2:
         return []
     goal, last = first.record.validation_bits[-1], first.record.validation_steps[-1]
     found = []
@@ -114,7 +114,7 @@ def crossing_lines(race: Race) -> list[str]:
         first = race.racers[0]
         goal = f"the {found['bits_per_character']:.3f} bits of {first.name}"
         if (apart := largest_difference(first, racer)) < SAME:
-            lines.append(f"{racer.name} is as {first.name} all the way (at most {apart:.1g} bits apart).")
+            lines.append(f"{racer.name} and {first.name} are one curve (at most {apart:.1g} bits apart).")
         elif found["share"] is None:
             lines.append(f"{racer.name} did not reach {goal}.")
         else:
@@ -125,13 +125,15 @@ def crossing_lines(race: Race) -> list[str]:
 def heading(race: Race) -> str:
     """What is run, in a few lines."""
     s, threads = race.settings, torch.get_num_threads()
+    backends = ", ".join(f"{racer.name} by {backend_of(racer.model, race.device)}" for racer in race.racers)
     processes = f", {race.world.size} processes" if race.world.size > 1 else ""
     return (
         f"{race.corpus.name}\n"
         f"{len(race.corpus.train):,} characters of {len(race.corpus.characters)} kinds, "
         f"{s.steps / len(race.train):.0%} of them in {s.steps} steps of {s.batch} × {s.length}\n"
         f"{s.layers} layer{'s' * (s.layers > 1)} of {s.hidden}, Adam at {s.lr:g}, "
-        f"{threads} thread{'s' * (threads > 1)} on {race.device}{processes}"
+        f"{threads} thread{'s' * (threads > 1)} on {race.device}{processes}\n"
+        f"{backends}"
     )
 
 
@@ -198,10 +200,9 @@ def line(race: Race) -> str:
 def final(race: Race) -> Table:
     """The table at the end; it fits 80 columns."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    table.add_column("held-out bits\nper character", vertical="bottom")
+    table.add_column("held-out bits\nper character", vertical="bottom", no_wrap=True)
     for name in (*(f"at\n{percent} %" for percent in QUARTERS), "ms a\nstep", "characters\na second", "peak\nMiB"):
         table.add_column(name, justify="right")
-    table.add_column("backend", vertical="bottom")
     for racer in race.racers:
         found = model_figures(race, racer)
         table.add_row(
@@ -210,7 +211,6 @@ def final(race: Race) -> Table:
             number(found["ms_per_step"], ".1f"),
             number(found["tokens_per_second"], ",.0f"),
             number(found["peak_mib"], ".0f"),
-            found["backend"],
         )
     return table
 

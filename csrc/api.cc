@@ -1,0 +1,91 @@
+#include <omp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "dispatch.h"
+
+namespace {
+
+constexpr long most_threads = 256;
+
+thread_local char error[512];
+
+__attribute__((format(printf, 1, 2))) int fail(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(error, sizeof error, format, arguments);
+  va_end(arguments);
+  return 1;
+}
+
+int check(const FestinaCall* call) {
+  if (call->bytes != sizeof(FestinaCall) || call->version != FESTINA_VERSION)
+    return fail("the core speaks version %d with %zu bytes a call, the caller version %d with %d; reinstall festina",
+                FESTINA_VERSION, sizeof(FestinaCall), (int)call->version, (int)call->bytes);
+  if (!festina::chosen_isa()) return fail("%s", festina::isa_refusal());
+  if (!festina::chosen_isa()->has_kernels(*call))
+    return fail("there is no kernel for cell %d with placement %d and cell norm %d; see kernels.inc", (int)call->cell,
+                (int)call->placement, (int)call->cell_norm);
+  if (call->threads < 1 || call->threads > most_threads)
+    return fail("threads must be 1 to %ld, got %ld", most_threads, (long)call->threads);
+  return 0;
+}
+
+void parallel(long threads, void* context, void (*body)(void*, long, long)) {
+  if (threads == 1) return body(context, 0, 1);
+#pragma omp parallel num_threads((int)threads)
+  body(context, omp_get_thread_num(), omp_get_num_threads());
+}
+
+}  // namespace
+
+int festina_bytes(const FestinaCall* call, FestinaBytes* bytes) {
+  if (check(call)) return 1;
+  FestinaCall fit = *call;
+  fit.packed = fit.saved = fit.workspace = nullptr;
+  *bytes = festina::chosen_isa()->bytes(fit);
+  return 0;
+}
+
+int festina_run(const FestinaCall* call) {
+  if (check(call)) return 1;
+  festina::chosen_isa()->run(*call, parallel);
+  return 0;
+}
+
+void* festina_allocate(uint64_t bytes) {
+  constexpr uint64_t huge_page = 2 << 20;
+  uint64_t unit = bytes < huge_page ? 64 : huge_page;
+  void* memory = aligned_alloc(unit, (bytes + unit - 1) / unit * unit);
+#ifdef MADV_HUGEPAGE
+  if (memory && unit == huge_page) madvise(memory, (bytes + unit - 1) / unit * unit, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+void festina_free(void* memory) { free(memory); }
+
+uint64_t festina_fingerprint(const void* tensor, uint64_t bytes) {
+  constexpr uint64_t samples = 64, odd = 0x9e3779b97f4a7c15;
+  uint64_t words = bytes / 2, mixed = bytes;
+  for (uint64_t i = 0; i < samples && i < words; ++i) {
+    uint16_t word;
+    memcpy(&word, (const char*)tensor + (words <= samples ? i : words * i / samples + i * odd % (words / samples)) * 2, 2);
+    mixed = (mixed ^ word) * odd;
+    mixed ^= mixed >> 29;
+  }
+  return mixed;
+}
+
+const char* festina_error(void) { return error; }
+
+const char* festina_isa(void) {
+  const festina::Isa* isa = festina::chosen_isa();
+  if (!isa) fail("%s", festina::isa_refusal());
+  return isa ? isa->name : nullptr;
+}
+
+const char* festina_isas(int runnable) { return festina::isa_names(runnable); }

@@ -1,0 +1,269 @@
+// The backward pass over time: from the gradients of outputs to those of products and of the initial state. What is
+// parallel over time follows in gradients.h.
+#pragma once
+#include "recurrence.h"
+
+namespace ISA {
+
+// Sums over rows and steps that a thread collects for one direction.
+template <class T> struct Collected {
+  T *all, *gain[2], *shift[2], *gain_c, *shift_c, *diagonal;
+  long count;
+};
+
+template <class T> Collected<T> take_collected(Arena& arena, const Shape& s) {
+  Collected<T> c;
+  long wide = s.columns() * chunk<T>, narrow = s.units * chunk<T>;
+  c.count = 4 * wide + 3 * narrow;
+  T* all = c.all = arena.take<T>(c.count);
+  for (int side = 0; side < 2; ++side) c.gain[side] = all + side * wide, c.shift[side] = all + (2 + side) * wide;
+  c.gain_c = all + 4 * wide, c.shift_c = c.gain_c + narrow, c.diagonal = c.shift_c + narrow;
+  return c;
+}
+
+// Shared by all threads, of one direction; matrices of N rows hold every step.
+template <class T> struct BackwardBuffers {
+  Packed<T> vectors;
+  Saved<T> saved;
+  T *recurrent, *input, *projection;        // panels of the products of the backward pass
+  Blocked<T> d_v[2], h_old, unprojected;    // N rows
+  Blocked<T> d_h, d_h_new, d_h_projected;   // d_h_projected: N rows
+  Blocked<T> d_c, d_c_new, d_seen, c_old;
+  T* means[2];
+  T *d_weight[3];  // of weight_ih, weight_hh, weight_hr, where they cannot be summed in place
+  T* d_inner;      // [gates, units]
+};
+
+// A weight's gradient [rows, columns]; `wanted` is where it goes, or null.
+struct Factors {
+  void* wanted;
+  long rows, columns;
+  bool is_centred;
+};
+
+inline Factors factors_of(const Shape& s, const FestinaCall& call, long d, int weight) {
+  long rows = s.traits.gates * s.H;
+  void* const* to = call.d_parameters[d];
+  if (weight == 0) return {to[FESTINA_WEIGHT_IH], rows, s.I, s.is_centred};
+  if (weight == 1) return {s.traits.is_diagonal ? nullptr : to[FESTINA_WEIGHT_HH], rows, s.P, s.is_centred};
+  return {to[FESTINA_WEIGHT_HR], s.P, s.H, false};
+}
+
+template <class T> bool is_summed_in_place(const FestinaCall& call, long columns) {
+  return call.type != FESTINA_BFLOAT16 && columns % chunk<T> == 0;
+}
+
+template <class T> BackwardBuffers<T> take_backward(Arena& arena, Arena& saved, const Shape& s, const FestinaCall& call, long d) {
+  BackwardBuffers<T> b{};
+  b.vectors = take_vectors<T>(arena, s);
+  b.saved = take_saved<T>(saved, s, call.has_zoneout_cell);
+  long depth = s.columns() * chunk<T>;
+  if (!s.traits.is_diagonal) b.recurrent = arena.take<T>(s.width * depth * chunk<T>);
+  b.input = arena.take<T>(s.inputs * depth * chunk<T>);
+  for (int side = 0; side < s.traits.sides; ++side) b.d_v[side] = arena.take_blocked<T>(s.columns(), s.N);
+  b.h_old = arena.take_blocked<T>(s.width, s.N);
+  b.d_h = arena.take_blocked<T>(s.width, s.B), b.d_h_new = arena.take_blocked<T>(s.units, s.B);
+  if (s.is_projected) {
+    b.projection = arena.take<T>(s.units * s.width * chunk<T> * chunk<T>);
+    b.d_h_projected = arena.take_blocked<T>(s.width, s.N);
+    b.unprojected = arena.take_blocked<T>(s.units, s.N);
+  }
+  if (s.traits.has_c) {
+    b.d_c = arena.take_blocked<T>(s.units, s.B), b.d_c_new = arena.take_blocked<T>(s.units, s.B);
+    b.d_seen = arena.take_blocked<T>(s.units, s.B), b.c_old = arena.take_blocked<T>(s.units, s.B);
+  }
+  b.means[0] = arena.take<T>(s.groups * s.I), b.means[1] = arena.take<T>(s.groups * s.P);
+  b.d_inner = arena.take<T>(depth);
+  for (int w = 0; w < 3; ++w) {
+    Factors f = factors_of(s, call, d, w);
+    if (f.wanted && !is_summed_in_place<T>(call, f.columns))
+      b.d_weight[w] = arena.take<T>(f.rows * ceil_div(f.columns, chunk<T>) * chunk<T>);
+  }
+  return b;
+}
+
+template <class T> struct Backward {
+  const FestinaCall& call;
+  const Shape& s;
+  const Kernels<T>& kernels;
+  const Part& part;
+  const Scratch<T>& my;
+  const BackwardBuffers<T>& b;
+  const Collected<T>& collected;
+  Order order;
+  Zoneout<T> zone_h, zone_c;
+  long first, end, first_wide, end_wide;
+
+  Backward(const FestinaCall& call, const Shape& s, const Kernels<T>& kernels, const Part& part, const Scratch<T>& my,
+           const BackwardBuffers<T>& b, const Collected<T>& collected, const long* starts, long d)
+      : call(call), s(s), kernels(kernels), part(part), my(my), b(b), collected(collected),
+        order{s, starts, d, part.row, part.end_row}, zone_h(zoneout_h<T>(s, call, d)), zone_c(zoneout_c<T>(s, call, d)),
+        first(part.first(s.units)), end(part.end(s.units)), first_wide(part.first(s.width)), end_wide(part.end(s.width)) {}
+
+  void run() {
+    long rows = part.end_row - part.row, base = order.d * s.B + part.row;
+    auto begin = [&](const void* from, long columns, long n, long stop, Blocked<T> to) {
+      Tensor<T> tensor(from, call.type);
+      for (long r = 0; r < rows; ++r)
+        if (tensor)
+          tensor.read((base + r) * columns, columns, n, stop, to, part.row + r);
+        else
+          clear_row(to, n, stop, part.row + r);
+    };
+    begin(call.d_h_n, s.P, first_wide, end_wide, b.d_h);
+    if (s.traits.has_c) begin(call.d_c_n, s.H, first, end, b.d_c);
+    for (long step = s.T - 1; step >= 0; --step) retreat(step);
+    Tensor<T> d_h_0(call.d_h_0, call.type), d_c_0(call.d_c_0, call.type);
+    for (long r = 0; r < rows; ++r) {
+      if (d_h_0) d_h_0.write((base + r) * s.P, s.P, first_wide, end_wide, b.d_h, part.row + r);
+      if (d_c_0) d_c_0.write((base + r) * s.H, s.H, first, end, b.d_c, part.row + r);
+    }
+  }
+
+  bool is_reset(long step, long r) const {
+    return call.resets && call.resets[order.d * s.N + order.token(step) + r];
+  }
+
+  // The state that a step began with, and the gradient of the one it made.
+  void prepare(long step) {
+    long token = order.token(step), before = order.rows(step - 1);
+    Tensor<T> d_output(call.d_output, call.type), output(call.output, call.type);
+    Tensor<T> h_0(call.h_0, call.type), c_0(call.c_0, call.type);
+    Blocked<T> d_h_new = s.is_projected ? b.d_h_projected : b.d_h_new;
+    for (long r = 0, rows = order.rows(step); r < rows; ++r) {
+      long row = part.row + r, now = token + r, was = r < before ? order.token(step - 1) + r : -1, at = order.d * s.B + row;
+      auto place = [&](long n) { return (n * s.directions + order.d) * s.P; };
+      if (d_output) d_output.add(place(now), s.P, first_wide, end_wide, b.d_h, row);
+      zone_h.backward(now, first_wide, end_wide, b.d_h, d_h_new, s.is_projected ? now : row, row);
+      if (is_reset(step, r))
+        clear_row(b.h_old, first_wide, end_wide, now);
+      else if (was < 0)
+        h_0.read(at * s.P, s.P, first_wide, end_wide, b.h_old, now);
+      else
+        output.read(place(was), s.P, first_wide, end_wide, b.h_old, now);
+      if (!s.traits.has_c) continue;
+      zone_c.backward(now, first, end, b.d_c, b.d_c_new, row, row);
+      if (is_reset(step, r))
+        clear_row(b.c_old, first, end, row);
+      else if (was < 0)
+        c_0.read(at * s.H, s.H, first, end, b.c_old, row);
+      else
+        carried(was, row);
+    }
+  }
+
+  // The state c that step `token` left.
+  void carried(long token, long row) {
+    if (b.saved.carried.data) return copy_row(b.saved.carried, token, b.c_old, row, first, end);
+    copy_row(b.saved.c, token, b.c_old, row, first, end);
+    if (call.cell_norm != FESTINA_CARRIED) return;
+    T mean = *saved_sum(s, b.saved, sums_before_c(s), token), scale = *saved_sum(s, b.saved, sums_before_c(s) + 1, token);
+    for (long n = first; n < end; ++n)
+      for (int l = 0; l < chunk<T>; l += lanes<T>) {
+        long column = n * chunk<T> + l;
+        T* c = b.c_old.at(n, row) + l;
+        store(c, (load(c) - mean) * scale * load(b.vectors.gain_c + column) + load(b.vectors.shift_c + column));
+      }
+  }
+
+  void read_sums(long step, long rows) {
+    long token = order.token(step);
+    for (int side = 0; side < 2; ++side)
+      for (int g = 0; s.traits.is_normed[side] && g < s.traits.gates; ++g) {
+        for (long r = 0; r < rows; ++r)
+          my.scale[side][r * max_gates + g] = *saved_sum(s, b.saved, sums_before(s, side) + s.group_of[g], token + r);
+        my.sums.clear(side * max_gates + g, rows);
+      }
+    if (!s.traits.has_norm_c) return;
+    for (long r = 0; r < rows; ++r) {
+      my.mean_c[r] = *saved_sum(s, b.saved, sums_before_c(s), token + r);
+      my.scale_c[r] = *saved_sum(s, b.saved, sums_before_c(s) + 1, token + r);
+    }
+    my.sums.clear(sum_of_c, rows), my.sums.clear(sum_of_c + 1, rows);
+  }
+
+  void retreat(long step) {
+    long rows = order.rows(step), token = order.token(step);
+    prepare(step);
+    read_sums(step, rows);
+
+    Step<T> p{};
+    p.rows = rows, p.first = first, p.end = end, p.units = s.units;
+    for (int side = 0; side < 2; ++side) {
+      p.v[side] = from_row(b.saved.v[side], token), p.d_v[side] = from_row(b.d_v[side], token);
+      p.scale[side] = my.scale[side];
+      p.gain[side] = b.vectors.gain[side], p.shift[side] = b.vectors.shift[side];
+      p.d_gain[side] = collected.gain[side], p.d_shift[side] = collected.shift[side];
+    }
+    p.diagonal = b.vectors.diagonal, p.gain_c = b.vectors.gain_c, p.shift_c = b.vectors.shift_c;
+    p.mean_c = my.mean_c, p.scale_c = my.scale_c;
+    p.h_old = from_row(b.h_old, token), p.c_old = from_row(b.c_old, part.row), p.c_raw = from_row(b.saved.c, token);
+    p.d_h_new = from_row(b.d_h_new, part.row), p.d_h = from_row(b.d_h, part.row);
+    p.d_c_new = from_row(b.d_c_new, part.row), p.d_c = from_row(b.d_c, part.row);
+    p.d_seen = from_row(b.d_seen, part.row);
+    p.d_gain_c = collected.gain_c, p.d_shift_c = collected.shift_c, p.d_diagonal = collected.diagonal;
+    p.mean_d_seen = my.mean_d_seen, p.mean_d_seen_hat = my.mean_d_seen_hat;
+    p.sums = my.sums.own, p.sum_rows = my.sums.rows;
+
+    if (s.is_projected) {
+      part.wait();
+      Blocked<T> from = from_row(b.d_h_projected, token);
+      long panel = s.width * chunk<T> * chunk<T>;
+      multiply<T>({from.data, my.chunk_at, from.step()}, rows, {b.projection + first * panel, panel}, end - first, s.P,
+                  {p.d_h_new.at(first, 0), my.chunk_at, p.d_h_new.step()}, false);
+      unproject(p, token);
+    }
+    kernels.emit_backward(p);
+    if (s.traits.has_norm_c) {
+      finish_seen(rows);
+      kernels.update_backward(p);
+    }
+    finish_norms(p);
+    part.wait();
+    if (!s.traits.is_diagonal) {
+      Blocked<T> from = p.d_v[s.traits.sides - 1];
+      long depth = s.columns() * chunk<T>;
+      multiply<T>({from.data, my.chunk_at, from.step()}, rows, {b.recurrent + first_wide * depth * chunk<T>, depth * chunk<T>},
+                  end_wide - first_wide, depth, {p.d_h.at(first_wide, 0), my.chunk_at, p.d_h.step()}, true);
+    }
+    for (long r = 0; r < rows; ++r) {
+      if (!is_reset(step, r)) continue;
+      clear_row(b.d_h, first_wide, end_wide, part.row + r);
+      if (s.traits.has_c) clear_row(b.d_c, first, end, part.row + r);
+    }
+  }
+
+  // The h before its projection, which was not kept.
+  void unproject(const Step<T>& backward, long token) {
+    Step<T> p = backward;
+    p.h = from_row(b.unprojected, token);
+    p.c = from_row(b.d_seen, part.row), p.c_raw = {};  // d_seen is free until emit_backward
+    if (s.traits.has_norm_c)
+      for (long r = 0; r < p.rows; ++r) copy_row(backward.c_raw, r, p.c, r, first, end);
+    kernels.emit(p);
+  }
+
+  void finish_seen(long rows) {
+    my.sums.publish(sum_of_c, rows), my.sums.publish(sum_of_c + 1, rows);
+    part.wait();
+    for (long r = 0; r < rows; ++r) {
+      my.mean_d_seen[r] = call.rms ? T(0) : my.sums.total(part, sum_of_c, r) / (T)s.H;
+      my.mean_d_seen_hat[r] = my.sums.total(part, sum_of_c + 1, r) / (T)s.H;
+    }
+  }
+
+  void finish_norms(const Step<T>& p) {
+    if (!s.traits.is_normed[0] && !s.traits.is_normed[1]) return;
+    for (int side = 0; side < 2; ++side)
+      for (int g = 0; s.traits.is_normed[side] && g < s.traits.gates; ++g) my.sums.publish(side * max_gates + g, p.rows);
+    part.wait();
+    for (int side = 0; side < 2; ++side) {
+      if (!s.traits.is_normed[side]) continue;
+      for (long r = 0; r < p.rows; ++r)
+        norm_pull(s, part, my.sums, side, r, my.scale[side] + r * max_gates, my.pull[side] + r * max_gates);
+      norm_backward(s, first, end, p.rows, my.scale[side], my.pull[side], p.v[side], p.d_v[side]);
+    }
+  }
+};
+
+}  // namespace ISA

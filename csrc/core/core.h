@@ -1,0 +1,166 @@
+// The passes, as each thread of the team goes through them.
+#pragma once
+#include "forward.h"
+#include "gradients.h"
+
+namespace ISA {
+
+template <class T> struct Core {
+  const FestinaCall& call;
+  Kernels<T> kernels;
+  Shape s;
+  bool is_bfloat16;
+  Common common;
+  Blocked<T> input, d_rows;
+  ForwardBuffers<T> forward[2];
+  BackwardBuffers<T> backward[2];
+  FestinaBytes bytes;
+  char *shared_base, *own_base;
+  uint64_t own_bytes;
+
+  // Places every buffer; the caller's null pointers make it a mere count.
+  explicit Core(const FestinaCall& call) : call(call), kernels(kernels_for<T>(call)), s(shape_of<T>(call, kernels.traits)) {
+    is_bfloat16 = call.type == FESTINA_BFLOAT16;
+    Arena work{(char*)call.workspace, 0}, packed{(char*)call.packed, 0}, saved{(char*)call.saved, 0};
+    common = take_common(work, s);
+    published = take_published<T>(work, s);
+    for (long d = 0; d < s.directions; ++d) {
+      if (call.pass == FESTINA_BACKWARD)
+        backward[d] = take_backward<T>(work, saved, s, call, d);
+      else
+        forward[d] = take_forward<T>(work, packed, saved, s, call);
+    }
+    if (call.pass == FESTINA_BACKWARD) input = work.take_blocked<T>(s.inputs, s.N);
+    own_base = work.base + work.used;
+    own_bytes = own(0, Arena{nullptr, 0}).bytes;
+    work.used += own_bytes * s.threads;
+    bytes = {packed.used, saved.used, work.used};
+  }
+
+  T* published;
+
+  // What belongs to one thread.
+  struct Own {
+    Scratch<T> scratch;
+    Collected<T> collected[2];
+    Blocked<T> d_rows;
+    uint64_t bytes;
+  };
+  Own own(long worker, Arena arena) const {
+    Own o{};
+    o.scratch = take_scratch<T>(arena, s, published, worker, is_bfloat16);
+    if (call.pass == FESTINA_BACKWARD) {
+      for (long d = 0; d < s.directions; ++d) o.collected[d] = take_collected<T>(arena, s);
+      o.d_rows = arena.take_blocked<T>(s.inputs, gradient_rows);
+    }
+    o.bytes = arena.used;
+    return o;
+  }
+  Own own(long worker) const { return own(worker, {own_base + worker * own_bytes, 0}); }
+
+  // Before the team starts.
+  void begin() const {
+    long* starts = common.starts;
+    starts[0] = 0;
+    for (long t = 0; t < s.T; ++t) starts[t + 1] = starts[t] + (call.batch_sizes ? call.batch_sizes[t] : s.B);
+    for (long i = 0; i < 1 + 2 * s.threads; ++i) common.barriers[i] = {};
+    common.next_task[0] = common.next_task[8] = 0;
+  }
+
+  void run(long worker, long workers) const {
+    Own mine = own(worker);
+    for (long r = 0; r < mine.scratch.sums.rows; ++r) mine.scratch.chunk_at[r] = r * chunk<T>;
+    Part part = part_of(s, common.starts, worker, workers, common.barriers);
+    if (call.pass == FESTINA_BACKWARD)
+      run_backward(mine, part, worker, workers);
+    else
+      run_forward(mine, part, worker, workers);
+  }
+
+  void wait(long workers) const { common.barriers[0].wait(workers); }
+
+  T* const* means(long d) const { return call.pass == FESTINA_BACKWARD ? backward[d].means : forward[d].means; }
+
+  Weight<T> weight(long d, int which) const {
+    const void* const* p = call.parameters[d];
+    if (which == FESTINA_WEIGHT_HR) return {Tensor<T>(p[which], call.type), 1, s.P, s.H, nullptr};
+    bool is_input = which == FESTINA_WEIGHT_IH;
+    return {Tensor<T>(p[which], call.type), s.traits.gates, s.H, is_input ? s.I : s.P,
+            s.is_centred ? means(d)[is_input ? 0 : 1] : nullptr};
+  }
+
+  void take_means(long worker, long workers) const {
+    for (long d = 0; s.is_centred && d < s.directions; ++d)
+      for (int which = 0; which < (s.traits.is_diagonal ? 1 : 2); ++which) {
+        Weight<T> w = weight(d, which ? FESTINA_WEIGHT_HH : FESTINA_WEIGHT_IH);
+        column_means(s, w.tensor, w.columns, w.columns * worker / workers, w.columns * (worker + 1) / workers, means(d)[which]);
+      }
+    wait(workers);
+  }
+
+  void pack_forward(long worker, long workers) const {
+    take_means(worker, workers);
+    for (long d = 0; d < s.directions; ++d) {
+      Packed<T> p = forward[d].packed;
+      if (d % workers == worker) pack_vectors(s, call, call.parameters[d], p);
+      Weight<T> input = weight(d, FESTINA_WEIGHT_IH), recurrent = weight(d, FESTINA_WEIGHT_HH);
+      for (long n = worker; n < s.columns(); n += workers) {
+        pack_transposed(s, input, n / s.units, n % s.units, p.input + n * s.I * chunk<T>);
+        if (!s.traits.is_diagonal) pack_transposed(s, recurrent, n / s.units, n % s.units, p.recurrent + n * s.P * chunk<T>);
+      }
+      for (long n = worker; s.is_projected && n < s.width; n += workers)
+        pack_transposed(s, weight(d, FESTINA_WEIGHT_HR), 0, n, p.projection + n * s.H * chunk<T>);
+    }
+    wait(workers);
+  }
+
+  void run_forward(const Own& mine, const Part& part, long worker, long workers) const {
+    if (!call.is_packed) pack_forward(worker, workers);
+    for (long d = part.direction; !part.is_idle && d < part.end_direction; ++d)
+      Forward<T>(call, s, kernels, part, mine.scratch, forward[d], common.starts, d).run();
+  }
+
+  void pack_backward(long worker, long workers) const {
+    take_means(worker, workers);
+    long depth = s.columns() * chunk<T>;
+    for (long d = 0; d < s.directions; ++d) {
+      const BackwardBuffers<T>& b = backward[d];
+      Packed<T> vectors = b.vectors;
+      if (d % workers == worker) pack_vectors(s, call, call.parameters[d], vectors);
+      for (long n = worker; !s.traits.is_diagonal && n < s.width; n += workers)
+        pack_straight(s, weight(d, FESTINA_WEIGHT_HH), n, b.recurrent + n * depth * chunk<T>);
+      for (long n = worker; call.d_input && n < s.inputs; n += workers)
+        pack_straight(s, weight(d, FESTINA_WEIGHT_IH), n, b.input + n * depth * chunk<T>);
+      for (long n = worker; s.is_projected && n < s.units; n += workers)
+        pack_straight(s, weight(d, FESTINA_WEIGHT_HR), n, b.projection + n * s.width * chunk<T> * chunk<T>);
+    }
+    Tensor<T> rows(call.input, call.type);
+    for (long token = s.N * worker / workers; token < s.N * (worker + 1) / workers; ++token)
+      rows.read(token * s.I, s.I, 0, s.inputs, input, token);
+  }
+
+  void run_backward(const Own& mine, const Part& part, long worker, long workers) const {
+    for (long d = 0; d < s.directions; ++d)
+      for (long w = worker; w < s.threads; w += workers) {
+        const Collected<T> c = own(w).collected[d];
+        for (long i = 0; i < c.count; ++i) c.all[i] = 0;
+      }
+    pack_backward(worker, workers);
+    wait(workers);
+    for (long d = part.direction; !part.is_idle && d < part.end_direction; ++d)
+      Backward<T>(call, s, kernels, part, mine.scratch, backward[d], mine.collected[d], common.starts, d).run();
+    wait(workers);
+
+    Collected<T> collected[2 * max_threads];
+    for (long d = 0; d < s.directions; ++d)
+      for (long w = 0; w < s.threads; ++w) collected[d * s.threads + w] = own(w).collected[d];
+    Gradients<T> gradients{call, s, backward, collected, input, mine.scratch, mine.d_rows, workers};
+    while (gradients.first_pass(__atomic_fetch_add(&common.next_task[0], 1, __ATOMIC_RELAXED))) {
+    }
+    wait(workers);
+    while (gradients.second_pass(__atomic_fetch_add(&common.next_task[8], 1, __ATOMIC_RELAXED))) {
+    }
+  }
+};
+
+}  // namespace ISA

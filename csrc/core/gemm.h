@@ -1,0 +1,123 @@
+// Products. One micro-kernel keeps a tile of rows x chunks in registers; every product of the library goes through it.
+#pragma once
+#include "shape.h"
+
+namespace ISA {
+
+constexpr long depth_block = 256;  // longer sums in one accumulator lose digits, shorter ones time
+
+// Element (row, k) of the left operand lies at data + row_at[row] + (k / chunk) * step + (k % chunk) * stride, where the
+// stride is 1, or chunk<T> where k runs over the rows of a blocked matrix.
+template <class T> struct Left {
+  const T* data;
+  const long* row_at;
+  long step;
+};
+
+// Chunk n of row k: data + n * step + k * chunk<T>.
+template <class T> struct Panels {
+  const T* data;
+  long step;
+};
+
+// Chunk n of a row: data + row_at[row] + n * step.
+template <class T> struct Target {
+  T* data;
+  const long* row_at;
+  long step;
+};
+
+template <class T, int rows, int chunks, int stride>
+void tile(Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, T* squares) {
+  constexpr int parts = chunk<T> / lanes<T>, wide = chunks * parts, block = chunk<T>;
+  Vec<T> sums[rows][wide];
+  const T* left[rows];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+    left[r] = a.data + a.row_at[r];
+#pragma GCC unroll 16
+    for (int n = 0; n < wide; ++n) sums[r][n] = broadcast(T(0));
+  }
+  const T* right = b.data;
+  auto multiply = [&](int k) __attribute__((always_inline)) {
+    Vec<T> columns[wide];
+#pragma GCC unroll 16
+    for (int n = 0; n < wide; ++n) columns[n] = load(right + n / parts * b.step + n % parts * lanes<T> + k * block);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      Vec<T> x = broadcast(left[r][k * stride]);
+#pragma GCC unroll 16
+      for (int n = 0; n < wide; ++n) sums[r][n] += x * columns[n];
+    }
+  };
+  for (; depth >= block; depth -= block) {
+#pragma GCC unroll 4
+    for (int k = 0; k < block; ++k) multiply(k);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) left[r] += a.step;
+    right += block * block;
+  }
+  for (int k = 0; k < depth; ++k) multiply(k);
+
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+    T* to = c.data + c.row_at[r];
+    Vec<T> square = broadcast(T(0));
+#pragma GCC unroll 16
+    for (int n = 0; n < wide; ++n) {
+      T* at = to + n / parts * c.step + n % parts * lanes<T>;
+      if (is_added) sums[r][n] += load(at);
+      store(at, sums[r][n]);
+      square += sums[r][n] * sums[r][n];
+    }
+    if (squares) add_to(squares + r * lanes<T>, square);
+  }
+}
+
+// The widest tile of so many rows that the registers hold.
+template <class T> constexpr int chunks_for(int rows) {
+  int fit = ACCUMULATORS / (rows * (chunk<T> / lanes<T>));
+  return fit < 1 ? 1 : fit > 4 ? 4 : fit;
+}
+
+template <class T, int rows, int stride, int chunks = chunks_for<T>(rows)>
+INLINE void tile_of(long wanted, Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, T* squares) {
+  if constexpr (chunks > 1) {
+    if (wanted < chunks) return tile_of<T, rows, stride, chunks - 1>(wanted, a, b, depth, c, is_added, squares);
+  }
+  tile<T, rows, chunks, stride>(a, b, depth, c, is_added, squares);
+}
+
+template <class T, int stride, int rows = TILE_ROWS>
+INLINE void tile_rows(long count, long chunks, Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, T* squares) {
+  if constexpr (rows > 1) {
+    if (count < rows) return tile_rows<T, stride, rows - 1>(count, chunks, a, b, depth, c, is_added, squares);
+  }
+  tile_of<T, rows, stride>(chunks, a, b, depth, c, is_added, squares);
+}
+
+// c = or += a b for `rows` rows and `chunks` chunks of columns. Where there are `squares` [rows, lanes], the squares of
+// the result are added to them. Rows are cut evenly: 8 rows are 4 + 4, as 6 + 2 would leave the second tile waiting.
+template <class T, int stride = 1>
+void multiply(Left<T> a, long rows, Panels<T> b, long chunks, long depth, Target<T> c, bool is_added, T* squares = nullptr) {
+  if (rows == 0) return;
+  constexpr long left_bytes = 192 << 10;  // what of the left operand is gone through for every panel: it stays in L2
+  long tiles = ceil_div(rows, TILE_ROWS), tallest = ceil_div(rows, tiles), wide = chunks_for<T>(tallest);
+  long reach = max(1, left_bytes / (rows * (long)sizeof(T) * depth_block)) * depth_block;
+  for (long far = 0; far == 0 || far < depth; far += reach)
+    for (long n = 0; n < chunks; n += wide)
+      for (long k = far, end = min(depth, far + reach); k == far || k < end; k += depth_block) {
+        bool is_last = k + depth_block >= depth;
+        Panels<T> right{b.data + n * b.step + k * chunk<T>, b.step};
+        for (long i = 0, row = 0; i < tiles; ++i) {
+          long next = rows * (i + 1) / tiles;
+          Left<T> left{a.data + k / chunk<T> * a.step, a.row_at + row, a.step};
+          Target<T> to{c.data + n * c.step, c.row_at + row, c.step};
+          tile_rows<T, stride>(next - row, min(wide, chunks - n), left, right, min(depth_block, depth - k), to,
+                               is_added || k > 0, squares && is_last ? squares + row * lanes<T> : nullptr);
+          row = next;
+        }
+      }
+}
+
+}  // namespace ISA

@@ -1,0 +1,206 @@
+// One step of a cell over rows x units, with its norms: pre-activations from products, the cell, and back. Everything
+// that depends on the cell or its plan is decided here at compile time.
+#pragma once
+#include "cells.h"
+#include "shape.h"
+
+namespace ISA {
+
+// What a pass over one step reads and writes. Rows count from the first of the part; units are chunks.
+template <class T> struct Step {
+  long rows, first, end;
+  Blocked<T> v[2];                         // products, gate after gate; `rows` within the blocked matrix are this step's
+  const T* scale[2];                       // [rows, max_gates]: 1 / sigma
+  const T *gain[2], *shift[2], *diagonal;  // [gates, units]
+  const T *gain_c, *shift_c, *mean_c, *scale_c;
+  Blocked<T> h_old, h, c_old, c, c_raw;
+  T* sums;                                 // [sum, sum_rows, lanes]: what is summed over the units of a row
+  long sum_rows, units;
+
+  // Backward: d_h comes in as the gradient of the new h and leaves as that of the old one, d_c likewise.
+  Blocked<T> d_v[2], d_h_new, d_h, d_c_new, d_c, d_seen;
+  T *d_gain[2], *d_shift[2], *d_gain_c, *d_shift_c, *d_diagonal;
+  const T *mean_d_seen, *mean_d_seen_hat;  // [rows]: what the norm of c takes from its gradient
+
+  INLINE T* sum_at(int sum, long row) const { return sums + (sum * sum_rows + row) * lanes<T>; }
+};
+
+template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
+  static constexpr bool is_normed[2] = {placement != FESTINA_NO_NORM, placement == FESTINA_SEPARATE && !Cell::is_diagonal};
+  static constexpr int sides = !Cell::is_diagonal && (placement == FESTINA_SEPARATE || Cell::is_parted) ? 2 : 1;
+  static constexpr int gates = Cell::gates, split = Cell::emit_from;
+  static constexpr bool has_norm_c = cell_norm != FESTINA_NO_CELL_NORM;
+  static constexpr Traits traits{gates, sides, Cell::has_c, Cell::is_parted, Cell::is_diagonal,
+                                 {is_normed[0], is_normed[1]}, has_norm_c};
+  using V = Vec<T>;
+
+  // The place of one vector: a row, a chunk of units, and where in the chunk.
+  struct Place {
+    long unit, row;
+    int lane;
+    INLINE long column(const Step<T>& s, int gate) const { return (gate * s.units + unit) * chunk<T> + lane; }
+    INLINE long column() const { return unit * chunk<T> + lane; }
+    INLINE T* in(const Blocked<T>& m) const { return m.at(unit, row) + lane; }
+    INLINE T* in(const Step<T>& s, const Blocked<T>& m, int gate) const { return m.at(gate * s.units + unit, row) + lane; }
+  };
+
+  template <class Body> static INLINE void each(const Step<T>& s, Body body) {
+    for (long unit = s.first; unit < s.end; ++unit)
+      for (long row = 0; row < s.rows; ++row)
+#pragma GCC unroll 1
+        for (int lane = 0; lane < chunk<T>; lane += lanes<T>) body(Place{unit, row, lane});
+  }
+
+  static INLINE V normalised(const Step<T>& s, Place at, int side, int gate) {
+    return load(at.in(s, s.v[side], gate)) * s.scale[side][at.row * max_gates + gate];
+  }
+
+  static INLINE V side_of(const Step<T>& s, Place at, int side, int gate) {
+    V shift = load(s.shift[side] + at.column(s, gate));
+    if (!is_normed[side]) return load(at.in(s, s.v[side], gate)) + shift;
+    return normalised(s, at, side, gate) * load(s.gain[side] + at.column(s, gate)) + shift;
+  }
+
+  template <int from, int to> static INLINE void pre_activations(const Step<T>& s, Place at, V* a) {
+#pragma GCC unroll 4
+    for (int g = from; g < to; ++g) {
+      a[g] = side_of(s, at, 0, g);
+      if constexpr (Cell::is_diagonal) a[g] += load(s.diagonal + at.column()) * load(at.in(s.h_old));
+      if constexpr (sides == 2) {
+        if (Cell::is_parted && g == gates - 1)
+          a[gates] = side_of(s, at, 1, g);
+        else
+          a[g] += side_of(s, at, 1, g);
+      }
+    }
+  }
+
+  // To c, where its norm must see the whole row before `emit` can go on.
+  static void update(const Step<T>& s) {
+    if constexpr (has_norm_c) {
+      each(s, [&](Place at) __attribute__((always_inline)) {
+        V a[gates + 1];
+        pre_activations<0, split>(s, at, a);
+        V c = Cell::update(a, load(at.in(s.c_old)));
+        store(at.in(s.c), c);
+        if (s.c_raw.data) store(at.in(s.c_raw), c);
+        add_to(s.sum_at(sum_of_c, at.row), c);
+      });
+    }
+  }
+
+  static INLINE V seen(const Step<T>& s, Place at, V c) {
+    if (!has_norm_c) return c;
+    return (c - s.mean_c[at.row]) * s.scale_c[at.row] * load(s.gain_c + at.column()) + load(s.shift_c + at.column());
+  }
+
+  static void emit(const Step<T>& s) {
+    each(s, [&](Place at) __attribute__((always_inline)) {
+      V a[gates + 1], inner;
+      pre_activations<has_norm_c ? split : 0, gates>(s, at, a);
+      if constexpr (has_norm_c) {
+        inner = seen(s, at, load(at.in(s.c)));
+        if (cell_norm == FESTINA_CARRIED) store(at.in(s.c), inner);
+      } else if constexpr (Cell::has_c) {
+        inner = Cell::update(a, load(at.in(s.c_old)));
+        store(at.in(s.c), inner);
+        if (s.c_raw.data) store(at.in(s.c_raw), inner);
+      } else {
+        inner = load(at.in(s.h_old));
+      }
+      store(at.in(s.h), Cell::emit(a, inner));
+    });
+  }
+
+  // From the gradients of pre-activations to those of gain, shift and normalised product; the norm itself follows once
+  // its row sums are known.
+  template <int from, int to> static INLINE void spread(const Step<T>& s, Place at, const V* d_a) {
+#pragma GCC unroll 4
+    for (int g = from; g < to; ++g) {
+      add_to(s.d_shift[0] + at.column(s, g), d_a[g]);
+#pragma GCC unroll 2
+      for (int side = 0; side < sides; ++side) {
+        bool is_apart = side == 1 && Cell::is_parted && g == gates - 1;
+        V d = is_apart ? d_a[gates] : d_a[g];
+        if (is_apart) add_to(s.d_shift[1] + at.column(s, g), d);
+        if (is_normed[side]) {
+          V hat = normalised(s, at, side, g);
+          add_to(s.d_gain[side] + at.column(s, g), d * hat);
+          d = d * load(s.gain[side] + at.column(s, g));
+          add_to(s.sum_at(side * max_gates + g, at.row), d * hat);
+        }
+        store(at.in(s, s.d_v[side], g), d);
+      }
+    }
+  }
+
+  static void emit_backward(const Step<T>& s) {
+    each(s, [&](Place at) __attribute__((always_inline)) {
+      V a[gates + 1], d_a[gates + 1], d_inner, d_h = load(at.in(s.d_h_new));
+      pre_activations<has_norm_c ? split : 0, gates>(s, at, a);
+      if constexpr (has_norm_c) {
+        V hat = (load(at.in(s.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
+        V gain = load(s.gain_c + at.column());
+        Cell::emit_backward(a, hat * gain + load(s.shift_c + at.column()), d_h, d_a, d_inner);
+        if (cell_norm == FESTINA_CARRIED) d_inner += load(at.in(s.d_c_new));
+        add_to(s.d_gain_c + at.column(), d_inner * hat);
+        add_to(s.d_shift_c + at.column(), d_inner);
+        V d_hat = d_inner * gain;
+        store(at.in(s.d_seen), d_hat);
+        add_to(s.sum_at(sum_of_c, at.row), d_hat);
+        add_to(s.sum_at(sum_of_c + 1, at.row), d_hat * hat);
+      } else if constexpr (Cell::has_c) {
+        V c_old = load(at.in(s.c_old)), d_c;
+        Cell::emit_backward(a, load(at.in(s.c_raw)), d_h, d_a, d_inner);
+        Cell::update_backward(a, c_old, load(at.in(s.d_c_new)) + d_inner, d_a, d_c);
+        add_to(at.in(s.d_c), d_c);
+      } else {
+        V h_old = load(at.in(s.h_old));
+        Cell::emit_backward(a, h_old, d_h, d_a, d_inner);
+        if constexpr (Cell::is_diagonal) {
+          d_inner += d_a[0] * load(s.diagonal + at.column());
+          add_to(s.d_diagonal + at.column(), d_a[0] * h_old);
+        }
+        add_to(at.in(s.d_h), d_inner);
+      }
+      spread<has_norm_c ? split : 0, gates>(s, at, d_a);
+    });
+  }
+
+  static void update_backward(const Step<T>& s) {
+    if constexpr (has_norm_c) {
+      each(s, [&](Place at) __attribute__((always_inline)) {
+        V a[gates + 1], d_a[gates + 1], d_c;
+        pre_activations<0, split>(s, at, a);
+        V hat = (load(at.in(s.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
+        V d_raw = (load(at.in(s.d_seen)) - s.mean_d_seen[at.row] - hat * s.mean_d_seen_hat[at.row]) * s.scale_c[at.row];
+        if (cell_norm == FESTINA_READOUT) d_raw += load(at.in(s.d_c_new));
+        Cell::update_backward(a, load(at.in(s.c_old)), d_raw, d_a, d_c);
+        add_to(at.in(s.d_c), d_c);
+        spread<0, split>(s, at, d_a);
+      });
+    }
+  }
+};
+
+// The kernels of one cell under one plan.
+template <class T> struct Kernels {
+  Traits traits;
+  void (*update)(const Step<T>&);
+  void (*emit)(const Step<T>&);
+  void (*emit_backward)(const Step<T>&);
+  void (*update_backward)(const Step<T>&);
+};
+
+template <class T> Kernels<T> kernels_for(const FestinaCall& call) {
+#define KERNEL(id, norm, norm_c, Cell)                                             \
+  if (call.cell == id && call.placement == norm && call.cell_norm == norm_c) {     \
+    using K = Pointwise<T, Cell, norm, norm_c>;                                    \
+    return {K::traits, K::update, K::emit, K::emit_backward, K::update_backward};  \
+  }
+#include "../kernels.inc"
+#undef KERNEL
+  return {};
+}
+
+}  // namespace ISA

@@ -1,0 +1,129 @@
+// What a call needs to know about itself: sizes in chunks, and where every buffer lies.
+#pragma once
+#include "../festina.h"
+#include "../simd/vec.h"
+
+namespace ISA {
+
+INLINE long min(long a, long b) { return a < b ? a : b; }
+INLINE long max(long a, long b) { return a > b ? a : b; }
+INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
+
+// Rows that a blocked matrix is given. 8 modulo 16, so that successive chunks of a column do not fall on one cache set.
+INLINE long padded_rows(long rows) { return (rows + 7) / 16 * 16 + 8; }
+
+// A blocked matrix: chunks of columns, in each all rows, in each row the chunk's columns. `rows` is padded.
+template <class T> struct Blocked {
+  T* data;
+  long rows;
+  INLINE T* at(long column_chunk, long row) const { return data + (column_chunk * rows + row) * chunk<T>; }
+  INLINE long step() const { return rows * chunk<T>; }
+};
+
+// Hands out pieces of one buffer, each on a cache line; without a buffer it only counts.
+struct Arena {
+  char* base;
+  uint64_t used;
+
+  template <class T> T* take(long count) {
+    T* piece = base ? (T*)(base + used) : nullptr;
+    used += (uint64_t)(count * sizeof(T) + 63) / 64 * 64;
+    return piece;
+  }
+  template <class T> Blocked<T> take_blocked(long chunks, long rows) {
+    rows = padded_rows(rows);
+    return {take<T>(chunks * rows * chunk<T>), rows};
+  }
+};
+
+constexpr int max_gates = 4;
+constexpr int sum_of_c = 2 * max_gates;  // sums that a step takes over a row: one for each side and gate, then two of c
+constexpr int max_sums = sum_of_c + 2;
+constexpr long max_threads = 256;
+constexpr long projected_rows = 128;     // steps are projected just before the recurrence needs them, about so many rows at once
+constexpr long rows_a_group = 8;         // fewer rows a thread: threads share rows and split the units
+
+// What a cell and its plan ask of the buffers. `side` 0 is the product with x, 1 the product with h.
+struct Traits {
+  int gates, sides;
+  bool has_c, is_parted, is_diagonal, is_normed[2], has_norm_c;
+};
+
+struct Shape {
+  Traits traits;
+  long T, B, I, H, P, N, directions, threads;
+  long chunk_size, units, inputs, width;  // chunks of H, I and P
+  int groups, group_of[max_gates];
+  bool is_projected, is_centred;
+  double group_size[max_gates];
+
+  long sums_saved() const {
+    return groups * (traits.is_normed[0] + traits.is_normed[1]) + (traits.has_norm_c ? 2 : 0);
+  }
+  long columns() const { return traits.gates * units; }
+  long row_groups() const { return max(1, min(threads, B / rows_a_group)); }
+  long projected_slots() const { return row_groups() * projected_rows + B; }
+  long list_rows() const { return B + projected_rows; }
+};
+
+template <class T> Shape shape_of(const FestinaCall& call, const Traits& traits) {
+  Shape s{};
+  s.traits = traits;
+  s.T = call.T, s.B = call.B, s.I = call.I, s.H = call.H, s.P = call.P, s.N = call.N;
+  s.directions = call.directions, s.threads = call.threads;
+  s.chunk_size = chunk<T>;
+  s.units = ceil_div(s.H, chunk<T>), s.inputs = ceil_div(s.I, chunk<T>), s.width = ceil_div(s.P, chunk<T>);
+  s.is_projected = call.parameters[0][FESTINA_WEIGHT_HR] != nullptr;
+  s.is_centred = call.placement != FESTINA_NO_NORM && !call.rms;
+  for (int g = 0; g < traits.gates; ++g) {
+    bool is_last = g == traits.gates - 1;
+    s.group_of[g] = call.groups == FESTINA_EACH_GATE ? g : call.groups == FESTINA_LAST_APART && is_last && g > 0 ? 1 : 0;
+    s.groups = s.group_of[g] + 1;
+    s.group_size[s.group_of[g]] += s.H;
+  }
+  return s;
+}
+
+// Weights as the kernels take them, of one direction. Panels: [chunk of columns][row][column within the chunk].
+template <class T> struct Packed {
+  T *input, *recurrent, *projection;                 // products of the forward pass
+  T *gain[2], *shift[2], *inner, *gain_c, *shift_c;  // [gates, units], zero past H
+  T *diagonal, *valid;                               // valid: 1 for the columns below H, 0 past them
+};
+
+template <class T> Packed<T> take_vectors(Arena& arena, const Shape& s) {
+  Packed<T> p{};
+  long wide = s.columns() * chunk<T>, narrow = s.units * chunk<T>;
+  for (int side = 0; side < 2; ++side) p.gain[side] = arena.take<T>(wide), p.shift[side] = arena.take<T>(wide);
+  p.inner = arena.take<T>(wide);
+  p.gain_c = arena.take<T>(narrow), p.shift_c = arena.take<T>(narrow);
+  p.diagonal = arena.take<T>(narrow), p.valid = arena.take<T>(narrow);
+  return p;
+}
+
+template <class T> Packed<T> take_packed(Arena& arena, const Shape& s) {
+  Packed<T> p = take_vectors<T>(arena, s);
+  p.input = arena.take<T>(s.columns() * s.I * chunk<T>);
+  if (!s.traits.is_diagonal) p.recurrent = arena.take<T>(s.columns() * s.P * chunk<T>);
+  if (s.is_projected) p.projection = arena.take<T>(s.width * s.H * chunk<T>);
+  return p;
+}
+
+// What training leaves for backward, of one direction; rows are packed steps.
+template <class T> struct Saved {
+  Blocked<T> v[2];     // the products, centred, before gain and shift; one where both sides share a sum
+  Blocked<T> c;        // before its norm and before Zoneout
+  Blocked<T> carried;  // the state c after Zoneout, where there is one
+  T* sums;             // [sums_saved, N]: 1 / sigma of each group of each normed side; mean and 1 / sigma of c
+};
+
+template <class T> Saved<T> take_saved(Arena& arena, const Shape& s, bool has_zoneout_c) {
+  Saved<T> saved{};
+  for (int side = 0; side < s.traits.sides; ++side) saved.v[side] = arena.take_blocked<T>(s.columns(), s.N);
+  if (s.traits.has_c) saved.c = arena.take_blocked<T>(s.units, s.N);
+  if (s.traits.has_c && has_zoneout_c) saved.carried = arena.take_blocked<T>(s.units, s.N);
+  saved.sums = arena.take<T>(s.sums_saved() * padded_rows(s.N));
+  return saved;
+}
+
+}  // namespace ISA

@@ -1,0 +1,26 @@
+// What each instruction set offers, and the choice among them.
+#pragma once
+#include "festina.h"
+
+namespace festina {
+
+// Calls body(context, worker, workers) on up to `threads` threads at once.
+using Parallel = void (*)(long threads, void* context, void (*body)(void* context, long worker, long workers));
+
+struct Isa {
+  const char* name;
+  bool (*has_kernels)(const FestinaCall& call);
+  FestinaBytes (*bytes)(const FestinaCall& call);
+  void (*run)(const FestinaCall& call, Parallel parallel);
+};
+
+// The best one that this CPU runs, or the one that FESTINA_ISA names; null where it names one that cannot be used.
+const Isa* chosen_isa();
+
+// Why chosen_isa is null: a phrase.
+const char* isa_refusal();
+
+// The names of all, best first, separated by spaces.
+const char* isa_names(bool is_runnable);
+
+}  // namespace festina

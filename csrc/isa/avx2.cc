@@ -1,0 +1,4 @@
+#define ISA avx2
+#include "../simd/avx2.h"
+
+#include "../core/table.h"

@@ -1,0 +1,4 @@
+#define ISA baseline
+#include "../simd/baseline.h"
+
+#include "../core/table.h"

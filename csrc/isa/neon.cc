@@ -1,0 +1,4 @@
+#define ISA neon
+#include "../simd/neon.h"
+
+#include "../core/table.h"

@@ -1,0 +1,4 @@
+#define ISA wide
+#include "../simd/wide.h"
+
+#include "../core/table.h"

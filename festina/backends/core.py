@@ -1,0 +1,142 @@
+"""The compiled core, seen from Python: where the library is, its argument struct, its functions.
+
+`csrc/festina.h` is the other side of this file; size and version of the struct are checked at every call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import torch  # noqa: F401  its OpenMP must be in the process before the core asks for one, so that they share it
+
+VERSION = 1
+LIBRARY = "libfestina_core.so"
+INFERENCE, TRAINING, BACKWARD = range(3)
+
+PARAMETERS = (
+    "weight_ih",
+    "weight_hh",
+    "bias_ih",
+    "bias_hh",
+    "weight_hr",
+    "gain_ih",
+    "gain_hh",
+    "gain_joint",
+    "bias_joint",
+    "bias_inner",
+    "gain_c",
+    "bias_c",
+)
+Pointers = c_void_p * (2 * len(PARAMETERS))
+
+
+class FestinaCall(ctypes.Structure):
+    """The one argument of the core."""
+
+    _fields_ = [
+        *((name, c_uint64) for name in ("bytes", "version")),
+        *(
+            (name, c_int64)
+            for name in (
+                *("call_pass", "type", "cell", "placement", "groups", "cell_norm", "rms", "directions", "threads"),
+                *("T", "B", "I", "H", "P", "N"),
+            )
+        ),
+        *((name, c_double) for name in ("eps", "zoneout", "zoneout_cell")),
+        *((name, c_int64) for name in ("has_zoneout", "has_zoneout_cell")),
+        *(
+            (name, c_void_p)
+            for name in (
+                *("batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask"),
+                *("input", "h_0", "c_0"),
+            )
+        ),
+        ("parameters", Pointers),
+        *((name, c_void_p) for name in ("output", "h_n", "c_n", "packed")),
+        ("is_packed", c_int64),
+        *(
+            (name, c_void_p)
+            for name in (
+                *("saved", "workspace", "d_output", "d_h_n", "d_c_n"),
+                *("d_input", "d_h_0", "d_c_0"),
+            )
+        ),
+        ("d_parameters", Pointers),
+    ]
+
+
+class FestinaBytes(ctypes.Structure):
+    """How much memory a call needs."""
+
+    _fields_ = [(name, c_uint64) for name in ("packed", "saved", "workspace")]
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded core, or the reason why there is none."""
+
+    functions: ctypes.CDLL | None
+    reason: str | None
+
+
+@lru_cache(maxsize=1)
+def library() -> Library:
+    """The core: the file that `FESTINA_CORE` names, else the one beside this package."""
+    named = os.environ.get("FESTINA_CORE")
+    path = Path(named) if named else Path(str(resources.files("festina") / LIBRARY))
+    if path.is_dir():
+        path /= LIBRARY
+    if not path.exists():
+        return Library(None, f"the compiled core is missing: there is no {path}; install festina with a C++17 compiler")
+    try:
+        core = ctypes.CDLL(str(path))
+    except OSError as error:
+        return Library(None, f"the compiled core cannot be loaded: {error}")
+    core.festina_bytes.argtypes = [POINTER(FestinaCall), POINTER(FestinaBytes)]
+    core.festina_run.argtypes = [c_void_p]
+    core.festina_error.restype = core.festina_isa.restype = core.festina_isas.restype = c_char_p
+    core.festina_isas.argtypes = [c_int]
+    core.festina_allocate.restype, core.festina_allocate.argtypes = c_void_p, [c_uint64]
+    core.festina_free.restype, core.festina_free.argtypes = None, [c_void_p]
+    core.festina_fingerprint.restype, core.festina_fingerprint.argtypes = c_uint64, [c_void_p, c_uint64]
+    if core.festina_isa() is None:
+        return Library(None, core.festina_error().decode())
+    return Library(core, None)
+
+
+def functions() -> ctypes.CDLL:
+    """The core's functions.
+
+    Raises:
+        RuntimeError: there is no core.
+    """
+    core = library()
+    if core.functions is None:
+        raise RuntimeError(core.reason)
+    return core.functions
+
+
+def isa() -> str:
+    """The instruction set in use; `FESTINA_ISA` forces one."""
+    return functions().festina_isa().decode()
+
+
+def isas(runnable: bool = False) -> list[str]:
+    """The instruction sets compiled in, best first; only those that this CPU runs, if so asked."""
+    return functions().festina_isas(int(runnable)).decode().split()
+
+
+def check(status: int) -> None:
+    """Raise what the core had to say.
+
+    Raises:
+        RuntimeError: `status` is not 0.
+    """
+    if status:
+        raise RuntimeError(f"festina's core: {functions().festina_error().decode()}")

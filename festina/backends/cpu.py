@@ -1,0 +1,274 @@
+"""The compiled core as a backend: every cell and plan on the CPU in float32, float64 and bfloat16."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from festina.backends import Case, Outputs, core
+from festina.backends.pool import POOL
+from festina.reference import Call
+from festina.spec import LayerSpec
+
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+CELLS = ("lstm", "gru", "gru_joint", "indrnn", "indrnn_relu")
+PLACEMENTS = ("none", "separate", "joint")
+GROUPS = ("all", "gate", "gates|candidate")
+CELL_NORMS = ("none", "readout", "carried")
+PARTED = {"gru"}
+CACHE_LINE = 64
+MOST_THREADS = 256
+WORK_A_THREAD = 40_000
+"""Multiplications; below, waking another thread takes longer than what it saves."""
+
+
+@lru_cache(maxsize=None)
+def constants(layer: LayerSpec) -> dict[str, Any]:
+    """The fields of the struct that follow from the layer alone."""
+    plan = layer.plan
+    return {
+        "bytes": ctypes.sizeof(core.FestinaCall),
+        "version": core.VERSION,
+        "cell": CELLS.index(layer.step),
+        "placement": PLACEMENTS.index(plan.placement),
+        "groups": GROUPS.index(plan.groups),
+        "cell_norm": CELL_NORMS.index(plan.cell),
+        "rms": int(plan.kind == "rms"),
+        "directions": layer.directions,
+        "eps": plan.eps,
+    }
+
+
+@lru_cache(maxsize=None)
+def slots(layer: LayerSpec) -> tuple[int, ...]:
+    """Where each of a call's parameters stands in the struct's pointers."""
+    width = len(core.PARAMETERS)
+    return tuple(d * width + core.PARAMETERS.index(name) for d in range(layer.directions) for name in layer.parameter_names)
+
+
+def threads_for(N: int, I: int, H: int, P: int, directions: int) -> int:
+    """How many of torch's threads a call is worth."""
+    return max(1, min(torch.get_num_threads(), MOST_THREADS, 4 * H * (I + P) * N * directions // WORK_A_THREAD))
+
+
+def has_zoneout(mask: Tensor | None, rate: float) -> bool:
+    return mask is not None or rate != 0
+
+
+def saved_bytes(call: Call) -> int:
+    """Bytes that training leaves for backward; what `take_saved` in csrc/core/shape.h counts, on symbolic sizes too."""
+    layer, plan = call.layer, call.layer.plan
+    item = 8 if call.input.dtype == torch.float64 else 4
+    chunk = CACHE_LINE // item
+    names, matrix, gates = layer.parameter_names, not layer.cell.diagonal, len(layer.cell.gates)
+    H = call.parameters[0].shape[0] // gates
+    steps = (call.input.shape[0] + 7) // 16 * 16 + 8
+    column = (H + chunk - 1) // chunk * CACHE_LINE * steps
+    sides = 2 if matrix and ("gain_hh" in names or layer.step in PARTED) else 1
+    columns = sides * gates
+    sums = sum(name in names for name in ("gain_ih", "gain_hh", "gain_joint")) * len(plan.spans(gates))
+    if "c" in layer.cell.states:
+        columns += 1 + has_zoneout(call.zoneout_cell_mask, call.zoneout_cell)
+        sums += 2 * (plan.cell != "none")
+    one = columns * column + (sums * steps * item + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+    return layer.directions * one
+
+
+class Pointers:
+    """Addresses of contiguous tensors; keeps the copies that had to be made alive."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            self.kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def struct_of(call: Call, which: int, at: Pointers) -> core.FestinaCall:
+    """The struct without outputs, buffers and gradients."""
+    layer = call.layer
+    N, I = call.input.shape
+    _, B, P = call.h_0.shape
+    sizes = call.batch_sizes
+    T = N // B if sizes is None and B else 0 if sizes is None else sizes.shape[0]
+    H = call.parameters[0].shape[0] // len(layer.cell.gates)
+    args = core.FestinaCall(
+        call_pass=which,
+        type=TYPES[call.input.dtype],
+        threads=threads_for(N, I, H, P, layer.directions),
+        T=T,
+        B=B,
+        I=I,
+        H=H,
+        P=P,
+        N=N,
+        zoneout=call.zoneout,
+        zoneout_cell=call.zoneout_cell,
+        has_zoneout=has_zoneout(call.zoneout_mask, call.zoneout),
+        has_zoneout_cell=has_zoneout(call.zoneout_cell_mask, call.zoneout_cell),
+        batch_sizes=at(sizes),
+        resets=at(call.resets),
+        zoneout_mask=at(call.zoneout_mask),
+        zoneout_cell_mask=at(call.zoneout_cell_mask),
+        input=at(call.input),
+        h_0=at(call.h_0),
+        c_0=at(call.c_0),
+        **constants(layer),
+    )
+    for slot, parameter in zip(slots(layer), call.parameters, strict=True):
+        args.parameters[slot] = at(parameter)
+    return args
+
+
+def bytes_of(args: core.FestinaCall) -> core.FestinaBytes:
+    need = core.FestinaBytes()
+    core.check(core.functions().festina_bytes(args, need))
+    return need
+
+
+def carry_out(args: core.FestinaCall, workspace: int) -> None:
+    """Run the core in a borrowed workspace."""
+    address, size = POOL.take(workspace)
+    try:
+        args.workspace = address
+        core.check(core.functions().festina_run(ctypes.addressof(args)))
+    finally:
+        POOL.give(address, size)
+
+
+def new_outputs(call: Call, args: core.FestinaCall) -> Outputs:
+    output = call.input.new_empty(args.N, args.directions * args.P)
+    h_n = torch.empty_like(call.h_0, memory_format=torch.contiguous_format)
+    c_n = None if call.c_0 is None else torch.empty_like(call.c_0, memory_format=torch.contiguous_format)
+    args.output, args.h_n = output.data_ptr(), h_n.data_ptr()
+    if c_n is not None:
+        args.c_n = c_n.data_ptr()
+    return output, h_n, c_n
+
+
+Marks = list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights in the order of the kernels, and what tells whether they still are what the parameters hold."""
+
+    parameters: list[weakref.ref[Tensor]]
+    marks: Marks
+    buffer: Tensor
+
+
+class PackedCache:
+    """Packed weights by their parameters, dropped with the first of them.
+
+    A parameter counts as unchanged while it is the same object at the same address with the same version and the same
+    fingerprint. The fingerprint samples 64 values: it is there for writes through `.data`, which leave the version alone.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, Packed] = {}
+
+    def marks(self, call: Call) -> Marks | None:
+        """What the parameters look like now; None where no version says when they change."""
+        fingerprint = core.functions().festina_fingerprint
+        if any(p.is_inference() or not p.is_contiguous() for p in call.parameters):
+            return None
+        return [(p._version, p.data_ptr(), fingerprint(p.data_ptr(), p.nbytes)) for p in call.parameters]
+
+    def get(self, call: Call, marks: Marks | None) -> Tensor | None:
+        """The packed weights, if they are still true."""
+        found = self._found.get(id(call.parameters[0]))
+        if found is None or found.marks != marks:
+            return None
+        same = all(ref() is p for ref, p in zip(found.parameters, call.parameters, strict=True))
+        return found.buffer if same else None
+
+    def put(self, call: Call, marks: Marks, buffer: Tensor) -> None:
+        first, key = call.parameters[0], id(call.parameters[0])
+        if key not in self._found:
+            weakref.finalize(first, self._found.pop, key, None).atexit = False
+        self._found[key] = Packed([weakref.ref(p) for p in call.parameters], marks, buffer)
+
+
+class Cpu:
+    """Runs csrc/. What training keeps, and every workspace, comes from `POOL`."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._packed = PackedCache()
+
+    def can_run(self, case: Case) -> str | None:
+        if case.device != "cpu":
+            return f"it runs on cpu only, and the input is on {case.device}"
+        if case.dtype not in TYPES:
+            return f"it has no {str(case.dtype).removeprefix('torch.')}; use {', '.join(str(t).removeprefix('torch.') for t in TYPES)}"
+        return core.library().reason
+
+    def forward(self, call: Call) -> Outputs:
+        at = Pointers()
+        args = struct_of(call, core.INFERENCE, at)
+        outputs = new_outputs(call, args)
+        need = bytes_of(args)
+        marks = self._packed.marks(call)
+        packed = self._packed.get(call, marks)
+        args.is_packed = packed is not None
+        if packed is None:
+            packed = POOL.tensor(need.packed)
+        args.packed = packed.data_ptr()
+        carry_out(args, need.workspace)
+        if marks is not None and not args.is_packed:
+            self._packed.put(call, marks, packed)
+        return outputs
+
+    def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
+        at = Pointers()
+        args = struct_of(call, core.TRAINING, at)
+        outputs = new_outputs(call, args)
+        need = bytes_of(args)
+        packed, saved = POOL.tensor(need.packed), POOL.tensor(need.saved)
+        args.packed, args.saved = packed.data_ptr(), saved.data_ptr()
+        carry_out(args, need.workspace)
+        return outputs, [saved]
+
+    def saved_like(self, call: Call) -> list[Tensor]:
+        return [call.input.new_empty(saved_bytes(call), dtype=torch.uint8)]
+
+    def backward(
+        self,
+        call: Call,
+        outputs: Outputs,
+        saved: Sequence[Tensor],
+        d_outputs: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        at = Pointers()
+        args = struct_of(call, core.BACKWARD, at)
+        args.output, args.saved = at(outputs[0]), at(saved[0])
+        args.d_output, args.d_h_n, args.d_c_n = (at(d) for d in (*d_outputs, None)[:3])
+        gradients = [
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else None
+            for tensor, want in zip(call.tensors(), wanted, strict=True)
+        ]
+        args.d_input, args.d_h_0, *rest = map(at, gradients)
+        if call.c_0 is not None:
+            args.d_c_0 = rest.pop(0)
+        for slot, gradient in zip(slots(call.layer), rest, strict=True):
+            args.d_parameters[slot] = gradient
+        carry_out(args, bytes_of(args).workspace)
+        return gradients
+
+
+CPU = Cpu()

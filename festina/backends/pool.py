@@ -1,0 +1,98 @@
+"""Memory for saved activations and workspaces, used again and again.
+
+Fresh pages cost more than the norm does: the system clears each page at its first touch. So buffers go back to a free
+list when autograd, or the call that borrowed them, lets go of them. The list holds at most `FESTINA_POOL_MB` megabytes
+(512 unless set; 0 keeps nothing); what is in use does not count. Past that the buffers unused for longest are freed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections import OrderedDict
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from festina.backends import core
+
+DEFAULT_MB = 512
+ALIGNMENT = 4096
+
+
+class Pool:
+    """A bounded list of free buffers, for any number of threads. A child process starts with a list of its own.
+
+    Args:
+        limit: bytes that may lie idle.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew without freeing anything: after a fork the lock may be held by a thread that is no more."""
+        self._lock = threading.Lock()
+        self._free: OrderedDict[int, int] = OrderedDict()  # address: size, the one unused for longest first
+        self.idle = 0
+
+    def take(self, wanted: int) -> tuple[int, int]:
+        """A buffer of at least `wanted` bytes: its address, and the size to give it back with."""
+        size = rounded(wanted)
+        with self._lock:
+            fits = [(have, address) for address, have in self._free.items() if size <= have <= 2 * size]
+            if fits:
+                have, address = min(fits)
+                del self._free[address]
+                self.idle -= have
+                return address, have
+        address = core.functions().festina_allocate(size)
+        if not address:
+            raise MemoryError(f"festina needs a buffer of {size} bytes and the system has none left")
+        return address, size
+
+    def give(self, address: int, size: int) -> None:
+        """Take back what `take` handed out."""
+        surplus = []
+        with self._lock:
+            self._free[address] = size
+            self.idle += size
+            while self.idle > self.limit:
+                oldest, its_size = self._free.popitem(last=False)
+                self.idle -= its_size
+                surplus.append(oldest)
+        for oldest in surplus:
+            core.functions().festina_free(oldest)
+
+    def tensor(self, wanted: int) -> Tensor:
+        """A `uint8` tensor on a buffer, which goes back when the last tensor on it is dropped."""
+        if not wanted:
+            return torch.empty(0, dtype=torch.uint8)
+        address, size = self.take(wanted)
+        lease = _lease_type(size).from_address(address)
+        lease.pool, lease.address = self, address
+        return torch.frombuffer(lease, dtype=torch.uint8, count=wanted)
+
+
+def rounded(size: int) -> int:
+    """`size` rounded up by at most an eighth, so that similar requests share buffers."""
+    step = max(ALIGNMENT, 1 << max(size - 1, 1).bit_length() - 4)
+    return -(-size // step) * step
+
+
+def _give_back(lease: Any) -> None:
+    lease.pool.give(lease.address, ctypes.sizeof(lease))
+
+
+@lru_cache(maxsize=None)
+def _lease_type(size: int) -> Any:
+    """An owner of `size` bytes for `torch.frombuffer` to hold on to. There are eight sizes to a power of two."""
+    return type("Lease", (ctypes.c_char * size,), {"__del__": _give_back})
+
+
+POOL = Pool(int(float(os.environ.get("FESTINA_POOL_MB", DEFAULT_MB)) * 2**20))
+os.register_at_fork(after_in_child=POOL.forget)

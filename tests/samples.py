@@ -1,0 +1,66 @@
+"""What the behavioural tests share: the layers they go through, and how two results are held against each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import festina
+from festina import NormPlan, norms
+
+RMS = NormPlan("separate", groups="gate", cell="carried", kind="rms")
+"""A plan without a name: every gate on its own, no mean taken off."""
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lstm": ("LSTM", {}),
+    "lstm-haste": ("LayerNormLSTM", {}),
+    "lstm-fastrnns": ("LSTM", {"norm": norms.FASTRNNS}),
+    "lstm-icefall": ("LSTM", {"norm": norms.ICEFALL}),
+    "lstm-rms": ("LSTM", {"norm": RMS}),
+    "gru": ("GRU", {}),
+    "gru-haste": ("LayerNormGRU", {}),
+    "gru-ba2016": ("GRU", {"norm": norms.BA2016_GRU}),
+    "gru-dreamer": ("GRU", {"norm": norms.DREAMER}),
+    "indrnn": ("IndRNN", {}),
+    "indrnn-relu": ("IndRNN", {"nonlinearity": "relu"}),
+    "indrnn-haste": ("LayerNormIndRNN", {}),
+}
+"""Every cell and placement, as a class and the options that make it."""
+
+
+def make(variant: str, *args: Any, cell: bool = False, **options: Any) -> Any:
+    """The layer (or cell) of a variant, with gains and shifts away from 1 and 0 so that they count."""
+    name, own = VARIANTS[variant]
+    layer = getattr(festina, name + "Cell" * cell)(*args, **own, **options)
+    with torch.no_grad():
+        for key, parameter in layer.named_parameters():
+            if key.startswith(("gain", "bias")):
+                parameter += 0.3 * torch.randn_like(parameter)
+    return layer
+
+
+def has_c(variant: str) -> bool:
+    return variant.startswith("lstm")
+
+
+def listed(state: Any) -> list[Tensor]:
+    """The tensors of a state: (h, c) or h."""
+    return list(state) if isinstance(state, tuple) else [state]
+
+
+def random_state(layer: Any, rows: int, B: int | None) -> Any:
+    """An initial state for `layer`: `rows` is L·D for a layer, 0 for a cell; B None for one row without a batch."""
+    lead = [n for n in (rows or None, B) if n is not None]
+    like = next(layer.parameters())
+    state = [
+        torch.randn(*lead, size, dtype=like.dtype)
+        for size in (layer.output_size, layer.hidden_size)[: len(layer.spec.cell.states)]
+    ]
+    return tuple(state) if len(state) > 1 else state[0]
+
+
+def assert_same(got: Any, want: Any, rtol: float = 1e-10, atol: float = 1e-11) -> None:
+    """Two nested results hold the same numbers; the tolerance is for float64."""
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol)

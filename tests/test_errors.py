@@ -1,0 +1,487 @@
+"""Bad input gets an error that says what was wanted, what came and what to do, and nothing is half-done."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from samples import VARIANTS, assert_same, make
+from torch import Tensor, nn
+
+import festina
+from festina import NormPlan, backends, functional, norms
+
+T, B, I, H = 4, 2, 3, 5
+LAYERS = [
+    festina.LSTM,
+    festina.GRU,
+    festina.IndRNN,
+    festina.LayerNormLSTM,
+    festina.LayerNormGRU,
+    festina.LayerNormIndRNN,
+]
+CELLS = [layer.cell_class for layer in LAYERS]
+
+CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"input_size": 0}, ValueError, r"input_size must be at least 1, got 0"),
+    ({"input_size": "3"}, TypeError, r"input_size must be an int, got str"),
+    ({"input_size": True}, TypeError, r"input_size must be an int, got bool"),
+    ({"hidden_size": 0}, ValueError, r"hidden_size must be at least 1, got 0"),
+    ({"hidden_size": -2}, ValueError, r"hidden_size must be at least 1, got -2"),
+    ({"hidden_size": 5.0}, TypeError, r"hidden_size must be an int, got float"),
+    ({"proj_size": 5}, ValueError, r"proj_size must lie in \[0, hidden_size\) = \[0, 5\), got 5"),
+    ({"proj_size": -1}, ValueError, r"proj_size must lie in \[0, hidden_size\) = \[0, 5\), got -1"),
+    ({"proj_size": "2"}, TypeError, r"proj_size must be an int, got str"),
+    ({"zoneout": float("nan")}, ValueError, r"zoneout must be a probability in \[0, 1\], got nan"),
+    ({"zoneout": True}, ValueError, r"zoneout must be a probability in \[0, 1\], got True"),
+    ({"dropconnect": "0.1"}, ValueError, r"dropconnect must be a probability in \[0, 1\], got '0.1'"),
+    ({"dropconnect": -0.1}, ValueError, r"dropconnect must be a probability in \[0, 1\], got -0.1"),
+    ({"zoneout_cell": 1.5}, ValueError, r"zoneout_cell must be a probability in \[0, 1\], got 1.5"),
+    ({"bias": 1}, TypeError, r"bias must be True or False, got 1"),
+    ({"bias": 0.5}, TypeError, r"bias must be True or False, got 0.5"),
+    ({"norm": "HASTE"}, TypeError, r"norm must be a NormPlan, such as norms.HASTE, got 'HASTE'; festina.norms has"),
+    ({"norm": True}, TypeError, r"norm must be a NormPlan, such as norms.HASTE, got True"),
+    ({"forget_bias": "1"}, ValueError, r"forget_bias must be a finite number, got '1'"),
+    ({"forget_bias": float("inf")}, ValueError, r"forget_bias must be a finite number, got inf"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), CONSTRUCTION, ids=[str(row[0]) for row in CONSTRUCTION])
+@pytest.mark.parametrize("module", [*LAYERS, *CELLS], ids=lambda module: module.__name__)
+def test_construction(module: Any, options: dict[str, Any], error: type[Exception], text: str) -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(error, match=text):
+        module(**{"input_size": I, "hidden_size": H, **options})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
+def test_construction_of_layers(layer: Any) -> None:
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
+        layer(I, H, 0)
+    with pytest.raises(TypeError, match="num_layers must be an int, got bool"):
+        layer(I, H, True)  # haste's third argument is batch_first
+    with pytest.raises(TypeError, match="num_layers must be an int, got float"):
+        layer(I, H, 2.0)
+    with pytest.raises(ValueError, match=r"dropout must be a probability in \[0, 1\], got 2"):
+        layer(I, H, 2, dropout=2)
+    with pytest.raises(TypeError, match=r"batch_first must be True or False, got 0"):
+        layer(I, H, batch_first=0)
+    with pytest.raises(TypeError, match=r"bidirectional must be True or False, got 'yes'"):
+        layer(I, H, bidirectional="yes")
+    with pytest.warns(UserWarning, match=r"dropout=0.5 acts between layers, and there is only one layer"):
+        layer(I, H, dropout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "text"),
+    [
+        (festina.GRU, {"proj_size": 2}, "proj_size must be 0: the gru cell has no projection, got 2"),
+        (festina.IndRNNCell, {"proj_size": 2}, "proj_size must be 0: the indrnn cell has no projection, got 2"),
+        (festina.GRU, {"zoneout_cell": 0.1}, "zoneout_cell must be 0: the gru cell has no c, got 0.1"),
+        (festina.IndRNN, {"zoneout_cell": 0.1}, "zoneout_cell must be 0: the indrnn cell has no c, got 0.1"),
+        (festina.GRU, {"forget_bias": 1.0}, "forget_bias must be 0: the gru cell has no forget gate, got 1.0"),
+        (festina.IndRNN, {"nonlinearity": "gelu"}, "nonlinearity must be 'tanh' or 'relu', got 'gelu'"),
+        (
+            festina.LSTM,
+            {"norm": norms.BA2016_GRU},
+            "the norm plan BA2016_GRU does not fit the lstm cell: groups must be one of 'all', 'gate', got 'gates|candidate'",
+        ),
+        (
+            festina.IndRNN,
+            {"norm": norms.DREAMER},
+            "the norm plan DREAMER does not fit the indrnn cell: placement must be one of 'none', 'separate', got 'joint'",
+        ),
+    ],
+)
+def test_what_a_cell_does_not_have(module: Any, options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        module(I, H, **options)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"placement": "both"}, r"NormPlan placement must be one of 'none', 'separate', 'joint', got 'both'"),
+        ({"placement": "joint", "groups": 4}, r"NormPlan groups must be one of .*, got 4"),
+        ({"cell": "h"}, r"NormPlan cell must be one of 'none', 'readout', 'carried', got 'h'"),
+        ({"kind": "batch"}, r"NormPlan kind must be one of 'layer', 'rms', got 'batch'"),
+        ({"eps": 0.0}, r"NormPlan eps must be greater than 0 .*, got 0.0"),
+        ({"eps": float("nan")}, r"NormPlan eps must be greater than 0 .*, got nan"),
+        ({"groups": "gate"}, r"placement is 'none'; choose 'separate' or 'joint'"),
+    ],
+)
+def test_plan(fields: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        NormPlan(**fields)
+
+
+def test_a_norm_on_one_input_feature_warns_once() -> None:
+    """N(w·x) = sign(x)·N(w): the size of x is lost."""
+    for make_layer in (festina.LayerNormLSTM, festina.LayerNormGRU, festina.LayerNormIndRNN, festina.LayerNormLSTMCell):
+        with pytest.warns(UserWarning, match="single input feature erases its size.*linear layer in front") as caught:
+            layer = make_layer(1, H)
+        assert len(caught) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            layer(torch.zeros(2, 1))
+            if isinstance(layer, festina.LayerNormLSTM):
+                layer.cell()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        festina.LayerNormLSTM(1, H, norm=norms.NONE)
+        festina.LayerNormLSTM(1, H, norm=norms.TORCHAUDIO)
+        festina.LayerNormLSTM(2, H)
+
+
+# Calls. Each row: what is given beside a good input, the error, its text.
+
+X = torch.zeros(T, B, I)
+H_0 = torch.zeros(1, B, H)
+MASK = torch.zeros(T, B, dtype=torch.bool)
+
+CALLS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    (
+        "rank",
+        {"input": X[None]},
+        ValueError,
+        r"input must be 3-D, \[T, B, I\], or 2-D, \[T, I\].*got 4-D \[1, 4, 2, 3\]",
+    ),
+    ("size", {"input": X[..., :2]}, ValueError, r"last axis of input must be input_size = 3, got 2"),
+    ("type", {"input": X.tolist()}, TypeError, r"input must be a Tensor or a PackedSequence, got list"),
+    ("int", {"input": X.long()}, ValueError, r"input must be torch.float32 as the parameters, got torch.int64; call"),
+    (
+        "double",
+        {"input": X.double()},
+        ValueError,
+        r"input must be torch.float32 .*, got torch.float64; call .to\(torch.flo",
+    ),
+    ("meta", {"input": X.to("meta")}, ValueError, r"input must be on cpu as the parameters, got meta"),
+    ("lengths floats", {"lengths": [1.5, 2.0]}, TypeError, r"lengths must hold integers, .* got torch.float32"),
+    ("lengths bools", {"lengths": [True, False]}, TypeError, r"lengths must hold integers, .* got torch.bool"),
+    ("lengths number", {"lengths": 4}, TypeError, r"lengths must be a tensor or a list of integers.*got 4"),
+    ("lengths text", {"lengths": "ab"}, TypeError, r"lengths must be a tensor or a list of integers.*got 'ab'"),
+    ("lengths None", {"lengths": [4, None]}, TypeError, r"lengths must be a tensor or a list of integers.*None"),
+    ("lengths ragged", {"lengths": [[1], [1, 2]]}, TypeError, r"lengths must be a tensor or a list of integers"),
+    ("lengths empty", {"lengths": []}, ValueError, r"lengths must be \[B\] = \[2\], one for each row, got \[0\]"),
+    (
+        "lengths count",
+        {"lengths": [1, 2, 3]},
+        ValueError,
+        r"lengths must be \[B\] = \[2\], one for each row, got \[3\]",
+    ),
+    ("lengths nested", {"lengths": [[1, 2]]}, ValueError, r"lengths must be \[B\] = \[2\].*got \[1, 2\]"),
+    ("lengths negative", {"lengths": [-1, 2]}, ValueError, r"lengths must lie in \[0, T\] = \[0, 4\], got \[-1, 2\]"),
+    ("lengths long", {"lengths": [1, 5]}, ValueError, r"lengths must lie in \[0, T\] = \[0, 4\], got \[1, 5\]"),
+    (
+        "lengths meta",
+        {"lengths": torch.zeros(2, dtype=torch.long, device="meta")},
+        ValueError,
+        r"lengths must be on the CPU, .* got meta; call lengths.cpu\(\)",
+    ),
+    (
+        "lengths of one row",
+        {"input": X[:, 0], "lengths": [2]},
+        ValueError,
+        r"lengths belong to a batch.*input\[:length\]",
+    ),
+    (
+        "lengths of packed",
+        {"input": nn.utils.rnn.pack_padded_sequence(X, [4, 2]), "lengths": [4, 2]},
+        ValueError,
+        r"a PackedSequence holds its own lengths",
+    ),
+    (
+        "resets dtype",
+        {"resets": MASK.float()},
+        TypeError,
+        r"resets must be a bool tensor, got torch.float32; torch.as_tens",
+    ),
+    ("resets list", {"resets": MASK.tolist()}, TypeError, r"resets must be a bool tensor, got list; torch.as_tensor"),
+    ("resets shape", {"resets": MASK.t()}, ValueError, r"resets must be \[T, B\] = \[4, 2\], got \[2, 4\]"),
+    ("resets row", {"input": X[:, 0], "resets": MASK}, ValueError, r"resets must be \[T\] = \[4\], got \[4, 2\]"),
+    ("resets meta", {"resets": MASK.to("meta")}, ValueError, r"resets must be on the input's device, cpu, got meta"),
+    (
+        "resets packed",
+        {"input": nn.utils.rnn.pack_padded_sequence(X, [3, 2]), "resets": MASK},
+        ValueError,
+        r"resets must be \[T, B\] = \[3, 2\], got \[4, 2\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), [row[1:] for row in CALLS], ids=[row[0] for row in CALLS])
+@pytest.mark.parametrize("variant", ["lstm", "lstm-haste", "gru-haste", "indrnn"])
+def test_call(variant: str, options: dict[str, Any], error: type[Exception], text: str) -> None:
+    layer = make(variant, I, H, zoneout=0.5)
+    weights, before = copy.deepcopy(layer.state_dict()), torch.get_rng_state()
+    with pytest.raises(error, match=text):
+        layer(**{"input": X, **options})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_same(layer.state_dict(), weights)
+
+
+def test_call_batch_first() -> None:
+    layer = festina.GRU(I, H, batch_first=True)
+    with pytest.raises(ValueError, match=r"input must be 3-D, \[B, T, I\], or 2-D"):
+        layer(X[0, 0])
+    with pytest.raises(ValueError, match=r"resets must be \[B, T\] = \[4, 2\], got \[2, 4\]"):
+        layer(X, resets=MASK.t())
+    with pytest.raises(ValueError, match=r"lengths must lie in \[0, T\] = \[0, 2\], got \[3, 1, 1, 1\]"):
+        layer(X, lengths=[3, 1, 1, 1])
+
+
+LSTM_STATES: list[tuple[str, Any, type[Exception], str]] = [
+    ("bare", H_0, TypeError, r"hx of the lstm cell must be a tuple \(h_0, c_0\), got a Tensor"),
+    ("one", (H_0,), TypeError, r"hx of the lstm cell must be a tuple \(h_0, c_0\), got a tuple of 1"),
+    ("three", (H_0, H_0, H_0), TypeError, r"must be a tuple \(h_0, c_0\), got a tuple of 3"),
+    ("None", (H_0, None), TypeError, r"c_0 must be a Tensor, got NoneType; torch.zeros is"),
+    (
+        "batch",
+        (H_0[:, :1], H_0),
+        ValueError,
+        r"h_0 must be \[num_layers \* num_directions, B, P\] = \[1, 2, 5\], got \[1, 1, 5\]",
+    ),
+    ("width", (H_0, H_0[..., :4]), ValueError, r"c_0 must be \[.*, B, H\] = \[1, 2, 5\], got \[1, 2, 4\]"),
+    ("axis", (H_0[0], H_0[0]), ValueError, r"h_0 must be .*, got \[2, 5\]; call h_0.unsqueeze\(0\) for the first axis"),
+    ("dtype", (H_0, H_0.double()), ValueError, r"c_0 must be torch.float32 as the input, got torch.float64; call"),
+    ("device", (H_0.to("meta"), H_0), ValueError, r"h_0 must be on cpu as the input, got meta"),
+]
+GRU_STATES: list[tuple[str, Any, type[Exception], str]] = [
+    ("tuple", (H_0, H_0), TypeError, r"hx of the gru cell must be one tensor h_0, got a tuple of 2"),
+    ("in a tuple", (H_0,), TypeError, r"hx of the gru cell must be one tensor h_0, got a tuple of 1"),
+    ("number", 0.0, TypeError, r"h_0 must be a Tensor, got float"),
+    ("width", H_0[..., :4], ValueError, r"h_0 must be \[.*\] = \[1, 2, 5\], got \[1, 2, 4\]"),
+    ("dtype", H_0.half(), ValueError, r"h_0 must be torch.float32 as the input, got torch.float16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("make_layer", "hx", "error", "text"),
+    [
+        *((festina.LSTM, *row[1:]) for row in LSTM_STATES),
+        *((festina.LayerNormLSTM, *row[1:]) for row in LSTM_STATES),
+        *((festina.LayerNormGRU, *row[1:]) for row in GRU_STATES),
+    ],
+)
+def test_initial_state(make_layer: Any, hx: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        make_layer(I, H)(X, hx)
+
+
+def test_initial_state_of_projection_and_one_row() -> None:
+    layer = festina.LSTM(I, H, proj_size=2)
+    with pytest.raises(ValueError, match=r"h_0 must be \[.*, B, P\] = \[1, 2, 2\], got \[1, 2, 5\]"):
+        layer(X, (H_0, H_0))
+    with pytest.raises(
+        ValueError, match=r"h_0 must be \[num_layers \* num_directions, P\] = \[1, 5\], got \[1, 2, 5\]"
+    ):
+        festina.GRU(I, H)(X[:, 0], H_0)
+
+
+CELL_CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: festina.GRUCell(I, H)([0.0] * I), TypeError, r"input must be a Tensor, got list"),
+    (lambda: festina.GRUCell(I, H)(X), ValueError, r"input must be 2-D, \[B, I\], or 1-D, \[I\], got 3-D \[4, 2, 3\]"),
+    (lambda: festina.GRUCell(I, H)(X[0, :, :2]), ValueError, r"last axis of input must be input_size = 3, got 2"),
+    (lambda: festina.GRUCell(I, H)(X[0].long()), ValueError, r"input must be torch.float32 .*, got torch.int64"),
+    (lambda: festina.LSTMCell(I, H)(X[0], H_0[0]), TypeError, r"must be a tuple \(h_0, c_0\), got a Tensor"),
+    (lambda: festina.GRUCell(I, H)(X[0], (H_0[0], H_0[0])), TypeError, r"must be one tensor h_0, got a tuple of 2"),
+    (lambda: festina.GRUCell(I, H)(X[0], H_0), ValueError, r"h_0 must be \[B, P\] = \[2, 5\], got \[1, 2, 5\]"),
+    (lambda: festina.GRUCell(I, H)(X[0, 0], H_0[0]), ValueError, r"h_0 must be \[P\] = \[5\], got \[2, 5\]"),
+    (lambda: festina.GRUCell(I, H)(X[0], resets=MASK), ValueError, r"resets must be \[B\] = \[2\], got \[4, 2\]"),
+    (
+        lambda: festina.GRUCell(I, H)(X[0], resets=X[0, :, 0]),
+        TypeError,
+        r"resets must be a bool tensor, got torch.float32",
+    ),
+    (lambda: festina.GRU(I, H, 2).cell(2), IndexError, r"layer must lie in \[0, 2\), got 2"),
+    (lambda: festina.GRU(I, H).cell(reverse=True), IndexError, r"the layer is not bidirectional"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "text"), CELL_CALLS, ids=[row[2][:30] for row in CELL_CALLS])
+def test_cell_call(call: Callable[[], Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.float16])
+def test_autocast_casts_float32_only(dtype: torch.dtype) -> None:
+    layer = festina.LayerNormLSTM(I, H)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(ValueError, match=rf"input must be torch.float32 as the parameters, got {dtype}"):
+            layer(X.to(dtype))
+        with pytest.raises(ValueError, match=rf"c_0 must be torch.float32 as the input, got {dtype}"):
+            layer(X, (H_0, H_0.to(dtype)))
+        assert layer(X.bfloat16(), (H_0.bfloat16(), H_0))[0].dtype == torch.bfloat16
+
+
+# The functional entry point.
+
+
+def lstm_parameters(**changed: Any) -> dict[str, Any]:
+    given = {"weight_ih": torch.zeros(4 * H, I), "weight_hh": torch.zeros(4 * H, H), **changed}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+GRU = {"weight_ih": torch.zeros(3 * H, I), "weight_hh": torch.zeros(3 * H, H)}
+FUNCTIONAL: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
+    (
+        "rnn",
+        lstm_parameters(),
+        {},
+        ValueError,
+        r"cell must be one of 'lstm', 'gru', 'indrnn', 'indrnn_relu', got 'rnn'",
+    ),
+    ("lstm", [lstm_parameters()] * 3, {}, ValueError, r"parameters must be those of 1 or 2 directions, got 3"),
+    ("lstm", [], {}, ValueError, r"parameters must be those of 1 or 2 directions, got 0"),
+    ("lstm", lstm_parameters(weight_hh=None), {}, ValueError, r"parameters must hold weight_hh, got weight_ih"),
+    ("lstm", {}, {}, ValueError, r"parameters must hold weight_ih, got none"),
+    ("lstm", lstm_parameters(weight_hh=[1.0]), {}, TypeError, r"weight_hh must be a Tensor, got list"),
+    ("lstm", lstm_parameters(weight_ih=torch.zeros(4)), {}, ValueError, r"weight_ih must be a matrix, got \[4\]"),
+    ("lstm", lstm_parameters(weight_ih=torch.zeros(21, I)), {}, ValueError, r"parameters of direction 0 must be .*got"),
+    (
+        "lstm",
+        lstm_parameters(bias_ih=torch.zeros(4 * H)),
+        {},
+        ValueError,
+        r"direction 0 must be .*'bias_hh': \(20,\).*got",
+    ),
+    ("lstm", [lstm_parameters(), GRU], {}, ValueError, r"the parameters of direction 1 must be"),
+    (
+        "lstm",
+        lstm_parameters(weight_hh=torch.zeros(4 * H, H).double()),
+        {},
+        ValueError,
+        r"weight_hh must be torch.float32 as weight_ih, got torch.float64",
+    ),
+    (
+        "lstm",
+        lstm_parameters(),
+        {"norm": "HASTE"},
+        TypeError,
+        r"norm must be a NormPlan, such as norms.HASTE, got 'HASTE'",
+    ),
+    ("lstm", lstm_parameters(), {"norm": norms.HASTE}, ValueError, r"direction 0 must be .*'gain_ih': \(20,\).*got"),
+    ("lstm", lstm_parameters(), {"zoneout": -0.1}, ValueError, r"zoneout must be a probability"),
+    ("lstm", lstm_parameters(), {"hx": H_0}, TypeError, r"must be a tuple \(h_0, c_0\), got a Tensor"),
+    ("lstm", lstm_parameters(), {"zoneout_mask": 0.1}, TypeError, r"zoneout_mask must be a bool tensor, got float"),
+    (
+        "lstm",
+        lstm_parameters(),
+        {"zoneout_mask": X},
+        TypeError,
+        r"zoneout_mask must be a bool tensor, got torch.float32",
+    ),
+    (
+        "lstm",
+        lstm_parameters(),
+        {"zoneout_cell_mask": MASK},
+        ValueError,
+        r"zoneout_cell_mask must be \[1, 4, 2, 5\] on cpu as the input, got \[4, 2\] on cpu",
+    ),
+    ("gru", GRU, {"zoneout_cell": 0.5}, ValueError, r"zoneout_cell must be 0: the gru cell has no c, got 0.5"),
+    ("gru", GRU, {"zoneout_cell_mask": MASK}, ValueError, r"zoneout_cell_mask must be None: the gru cell has no c"),
+]
+
+
+@pytest.mark.parametrize(
+    ("cell", "parameters", "options", "error", "text"), FUNCTIONAL, ids=[r[4][:40] for r in FUNCTIONAL]
+)
+def test_functional(cell: str, parameters: Any, options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        functional.layer(cell, X, parameters, **options)
+
+
+def test_backend_by_name() -> None:
+    with (
+        pytest.raises(backends.BackendError, match=r"there is no backend 'cudnn'; there are .*eager"),
+        backends.use("cudnn"),
+    ):
+        pass
+    assert backends.forced() == ""
+
+
+# Checkpoints under another plan.
+
+
+def saved(variant: str) -> dict[str, Tensor]:
+    return dict(make(variant, I, H).state_dict())
+
+
+OTHER_PLANS = [
+    ("lstm-haste", "lstm-fastrnns", "norms.FASTRNNS"),  # the same keys and shapes: only the plan tells them apart
+    ("lstm-haste", "lstm", "norms.NONE"),
+    ("lstm", "lstm-haste", "norms.HASTE"),
+    ("lstm-icefall", "lstm-rms", "NormPlan(placement='separate', groups='gate', cell='carried', kind='rms'"),
+    ("gru-haste", "gru-ba2016", "norms.BA2016_GRU"),
+    ("gru", "gru-dreamer", "norms.DREAMER"),
+    ("indrnn-haste", "indrnn", "norms.NONE"),
+]
+
+
+@pytest.mark.parametrize(("mine", "theirs", "plan"), OTHER_PLANS)
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a model"])
+def test_a_checkpoint_under_another_plan_is_refused(
+    mine: str, theirs: str, plan: str, strict: bool, inside: bool
+) -> None:
+    layer = make(mine, I, H)
+    model = nn.ModuleDict({"body": nn.Sequential(layer)}) if inside else layer
+    prefix = "body.0." if inside else ""
+    before = copy.deepcopy(layer.state_dict())
+    checkpoint = {prefix + name: value for name, value in saved(theirs).items()}
+    with pytest.raises(RuntimeError) as caught:
+        model.load_state_dict(checkpoint, strict=strict)
+    text = str(caught.value)
+    assert "the checkpoint was saved under the norm plan" in text
+    assert f"this layer has {layer.norm}" in text
+    assert f"Build the layer with norm={plan}" in text
+    assert_same(layer.state_dict(), before)
+
+
+def test_weights_of_torch_nn_do_not_pass_for_a_normalised_layer() -> None:
+    layer, plain = festina.LayerNormLSTM(I, H), nn.LSTM(I, H).state_dict()
+    before = copy.deepcopy(layer.state_dict())
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"saved under the norm plan NONE, this layer has HASTE"):
+            layer.load_state_dict(plain, strict=strict)
+    assert_same(layer.state_dict(), before)
+    layer.load_state_dict({**layer.state_dict(), **plain})  # what the error says
+    assert_same(layer.weight_ih_l0.detach(), plain["weight_ih_l0"])
+
+
+def test_a_plan_that_cannot_be_read() -> None:
+    layer = festina.LayerNormLSTM(I, H)
+    before = copy.deepcopy(layer.state_dict())
+    for broken in (torch.tensor(list(b'{"when": 1}'), dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), "HASTE"):
+        with pytest.raises(RuntimeError, match=r"_extra_state must hold a norm plan .* cannot be read"):
+            layer.load_state_dict({**before, "_extra_state": broken})
+        assert_same(layer.state_dict(), before)
+
+
+def test_weights_with_norms_but_no_plan() -> None:
+    """Mapped by hand: strict names the plan as missing, strict=False trusts the user."""
+    layer, weights = festina.LayerNormLSTM(I, H), saved("lstm-haste")
+    del weights["_extra_state"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "_extra_state"'):
+        layer.load_state_dict(weights)
+    assert layer.load_state_dict(weights, strict=False).missing_keys == ["_extra_state"]
+
+
+def test_plain_plans_are_one() -> None:
+    """Without a norm its eps means nothing: such plans load each other."""
+    layer = festina.LSTM(I, H, norm=NormPlan(eps=1e-3))
+    layer.load_state_dict(saved("lstm"))
+    festina.LSTM(I, H).load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_plan_loads_its_own(variant: str) -> None:
+    layer = make(variant, I, H)
+    layer.load_state_dict(saved(variant))

@@ -1,0 +1,280 @@
+"""What a layer is: names and shapes of parameters, which plans fit which cell, and what is said when one does not."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import pytest
+import torch
+from cases import EVERY_PLAN, RAW_PLANS
+from torch import nn
+
+import festina
+from festina import norms, reference
+from festina.norms import PLANS, NormPlan
+from festina.spec import CELLS, GRU, INDRNN, LSTM, LayerSpec
+from festina.testing import Case, plan_label
+
+# Parameters.
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("name", "proj_size"), [("LSTM", 0), ("LSTM", 3), ("GRU", 0)], ids=lambda v: v if isinstance(v, str) else f"P{v}"
+)
+def test_plain_parameters_are_those_of_torch_nn(name, proj_size, bias):
+    options = {"proj_size": proj_size} if proj_size else {}
+    want = getattr(nn, name)(4, 5, bias=bias, **options).state_dict()
+    layer = LayerSpec(CELLS[name.lower()], bias=bias, projected=proj_size > 0)
+    got = layer.parameter_shapes(4, 5, proj_size or 5)
+    assert {f"{key}_l0": shape for key, shape in got.items()} == {
+        key: tuple(value.shape) for key, value in want.items()
+    }
+    assert [f"{key}_l0" for key in got] == list(want)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_state_dict_of_a_stack_is_that_of_torch_nn(name):
+    options = {"num_layers": 3, "bidirectional": True}
+    got, want = (getattr(of, name)(4, 5, **options).state_dict() for of in (festina, nn))
+    assert [(key, value.shape) for key, value in got.items()] == [(key, value.shape) for key, value in want.items()]
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
+def test_state_dict_of_a_cell_is_that_of_torch_nn(name):
+    got, want = (getattr(of, name)(4, 5).state_dict() for of in (festina, nn))
+    assert [(key, value.shape) for key, value in got.items()] == [(key, value.shape) for key, value in want.items()]
+
+
+I, H, P = 3, 5, 4
+NORMED = {
+    (LSTM, norms.HASTE): {"gain_ih": (20,), "gain_hh": (20,), "gain_c": (5,), "bias_c": (5,)},
+    (LSTM, norms.TORCHAUDIO): {"gain": (20,), "bias": (20,), "gain_c": (5,), "bias_c": (5,)},
+    (LSTM, norms.ICEFALL): {"gain": (20,), "bias": (20,), "bias_inner": (20,), "gain_c": (5,), "bias_c": (5,)},
+    (LSTM, NormPlan("separate", inner_bias=True)): {"gain_ih": (20,), "gain_hh": (20,), "bias_inner": (20,)},
+    (LSTM, NormPlan(cell="readout")): {"gain_c": (5,), "bias_c": (5,)},
+    (GRU, norms.HASTE): {"gain_ih": (15,), "gain_hh": (15,)},
+    (GRU, norms.DREAMER): {"gain": (15,), "bias": (15,)},
+    (INDRNN, norms.HASTE): {"gain_ih": (5,)},
+}
+
+
+@pytest.mark.parametrize(("cell", "plan"), NORMED, ids=lambda v: plan_label(v) if isinstance(v, NormPlan) else v.name)
+def test_parameters_of_norms(cell, plan):
+    shapes = LayerSpec(cell, plan).parameter_shapes(I, H, H)
+    G = len(cell.gates)
+    plain = {"weight_ih": (G * H, I), "weight_hh": (H,) if cell.diagonal else (G * H, H)}
+    if plan.placement != "joint":  # a joint norm has one shift, `bias`
+        plain |= {"bias_ih": (G * H,)} | ({} if cell.diagonal else {"bias_hh": (G * H,)})
+    assert shapes == plain | NORMED[cell, plan]
+    without = LayerSpec(cell, plan, bias=False).parameter_shapes(I, H, H)
+    assert without == {name: shape for name, shape in shapes.items() if not name.startswith("bias")}
+
+
+@pytest.mark.parametrize(("cell", "plan"), EVERY_PLAN, ids=lambda v: v if isinstance(v, str) else plan_label(v))
+def test_every_parameter_moves_the_result(cell, plan):
+    """Nothing in the table is idle: each parameter has a gradient that is not zero."""
+    call, cotangents = Case(cell, plan, T=3, dtype=torch.float64).build()
+    leaves = [tensor.requires_grad_() for tensor in call.tensors()]
+    outputs = [out for out in reference.run(call.with_tensors(leaves)) if out is not None]
+    for name, gradient in zip(
+        call.layer.parameter_names,
+        torch.autograd.grad(outputs, leaves, cotangents)[-len(call.parameters) :],
+        strict=True,
+    ):
+        assert gradient.abs().max() > 1e-6, name
+
+
+def test_projection_parameters():
+    shapes = LayerSpec(LSTM, projected=True).parameter_shapes(I, H, P)
+    assert (shapes["weight_hr"], shapes["weight_hh"]) == ((P, H), (4 * H, P))
+
+
+@pytest.mark.parametrize("cell", CELLS.values(), ids=lambda cell: cell.name)
+def test_rows_cut_a_parameter_into_its_gates(cell):
+    at = [cell.rows(gate, H) for gate in cell.gates]
+    assert [row for rows in at for row in range(len(cell.gates) * H)[rows]] == list(range(len(cell.gates) * H))
+
+
+def test_gates_stand_in_the_order_of_torch_nn():
+    assert LSTM.gates == ("i", "f", "g", "o")
+    assert GRU.gates == ("r", "z", "n")
+    assert LSTM.rows("f", 8) == slice(8, 16)
+    assert GRU.rows("n", 8) == slice(16, 24)
+    with pytest.raises(ValueError, match="tuple"):
+        GRU.rows("f", 8)
+
+
+def test_shift_and_norm_shifts():
+    assert LayerSpec(LSTM, norms.HASTE).norm_shifts == {"bias_ih", "bias_hh", "bias_c"}
+    assert LayerSpec(LSTM, norms.ICEFALL).norm_shifts == {"bias", "bias_c"}
+    assert LayerSpec(LSTM).norm_shifts == frozenset()
+    assert [LayerSpec(LSTM, plan).shift for plan in (norms.NONE, norms.HASTE, norms.ICEFALL)] == [
+        "bias_ih",
+        "bias_ih",
+        "bias",
+    ]
+    assert LayerSpec(LSTM, bias=False).shift is None
+
+
+# Which plan fits which cell.
+
+
+@pytest.mark.parametrize(
+    ("cell", "plan", "text"),
+    [
+        (
+            INDRNN,
+            norms.DREAMER,
+            "the norm plan DREAMER does not fit the indrnn cell: placement must be one of 'none', 'separate', got 'joint'",
+        ),
+        (
+            LSTM,
+            norms.BA2016_GRU,
+            "the norm plan BA2016_GRU does not fit the lstm cell: groups must be one of 'all', 'gate', "
+            "got 'gates|candidate'",
+        ),
+    ],
+    ids=["placement", "groups"],
+)
+def test_a_plan_that_does_not_fit(cell, plan, text):
+    for attempt in (lambda: cell.fit(plan), lambda: LayerSpec(cell, plan)):
+        with pytest.raises(ValueError, match="does not fit") as raised:
+            attempt()
+        assert str(raised.value) == text
+
+
+def test_a_cell_without_c_has_no_norm_on_c():
+    assert GRU.fit(norms.HASTE).cell == "none"
+    assert INDRNN.fit(norms.HASTE).cell == "none"
+    assert LSTM.fit(norms.HASTE) is norms.HASTE
+    assert LayerSpec(GRU, norms.HASTE) == LayerSpec(GRU, NormPlan("separate"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "plan", "fits"),
+    [
+        (cell.name, plan.name, placement_fits and groups_fit)
+        for cell, plan in product(CELLS.values(), PLANS.values())
+        for placement_fits in [plan.placement != "joint" or not cell.diagonal]
+        for groups_fit in [plan.groups != "gates|candidate" or cell is GRU]
+    ],
+)
+def test_named_plans_fit_where_they_should(cell, plan, fits):
+    if fits:
+        assert CELLS[cell].fit(PLANS[plan]).placement == PLANS[plan].placement
+    else:
+        with pytest.raises(ValueError, match="does not fit"):
+            CELLS[cell].fit(PLANS[plan])
+
+
+# Plans.
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"placement": "both"}, "NormPlan placement must be one of 'none', 'separate', 'joint', got 'both'"),
+        ({"groups": "gates"}, "NormPlan groups must be one of 'all', 'gate', 'gates|candidate', got 'gates'"),
+        ({"cell": "state"}, "NormPlan cell must be one of 'none', 'readout', 'carried', got 'state'"),
+        ({"kind": "batch"}, "NormPlan kind must be one of 'layer', 'rms', got 'batch'"),
+        ({"eps": 0.0}, "NormPlan eps must be greater than 0 (it is added to the variance), got 0.0"),
+        ({"eps": -1e-5}, "NormPlan eps must be greater than 0 (it is added to the variance), got -1e-05"),
+        ({"eps": float("nan")}, "NormPlan eps must be greater than 0 (it is added to the variance), got nan"),
+    ],
+    ids=lambda v: "-".join(f"{key}={value}" for key, value in v.items()) if isinstance(v, dict) else "",
+)
+def test_a_plan_checks_itself(fields, text):
+    with pytest.raises(ValueError, match="NormPlan") as raised:
+        NormPlan(**{"placement": "separate", **fields})
+    assert str(raised.value) == text
+
+
+@pytest.mark.parametrize("fields", [{"groups": "gate"}, {"inner_bias": True}], ids=str)
+def test_fields_with_nothing_to_act_on(fields):
+    with pytest.raises(
+        ValueError, match="belong to a norm on the products, but placement is 'none'; choose 'separate'"
+    ):
+        NormPlan("none", **fields)
+
+
+def test_a_plan_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        norms.HASTE.eps = 1.0
+
+
+# Several projects, one function. A plan that joins them here is a decision, not an accident.
+SAME_FUNCTION = [{"HASTE", "BA2016"}, {"DREAMER", "SHEEPRL"}]
+
+
+def test_named_plans_are_distinct_or_known_to_be_the_same():
+    for a, b in product(PLANS, PLANS):
+        if a < b:
+            assert (PLANS[a] == PLANS[b]) == any({a, b} <= names for names in SAME_FUNCTION), (a, b)
+    assert PLANS == {name: getattr(norms, name) for name in PLANS}
+
+
+def test_named_plans_of_the_lstm_are_different_functions():
+    """Same weights, another name, other numbers: the reason why plans have names."""
+    distinct = {plan: plan for plan in PLANS.values() if plan.groups != "gates|candidate"}
+    for same_parameters in (("HASTE", "FASTRNNS", "TFA"), ("TORCHAUDIO", "TF_CONTRIB")):
+        outputs = [
+            reference.run(Case("lstm", PLANS[name], dtype=torch.float64).build()[0])[0] for name in same_parameters
+        ]
+        for i, output in enumerate(outputs):
+            for other in outputs[:i]:
+                assert (output - other).abs().max() > 1e-4
+    assert len(distinct) == 8
+
+
+def test_with_eps_is_another_plan_without_a_name():
+    plan = norms.HASTE.with_eps(1e-3)
+    assert (plan.name, plan.eps) == (None, 1e-3)
+    assert plan != norms.HASTE
+    assert plan.with_eps(1e-5) == norms.HASTE
+
+
+@pytest.mark.parametrize("plan", [*PLANS.values(), *RAW_PLANS], ids=plan_label)
+def test_plans_through_json(plan):
+    read = NormPlan.from_json(plan.to_json())
+    assert read == plan
+    assert hash(read) == hash(plan)
+    assert NormPlan(**json.loads(plan.to_json())) == plan
+
+
+def test_json_gives_names_back():
+    """Of two names for one function, the first."""
+    first = {"BA2016": "HASTE", "SHEEPRL": "DREAMER"}
+    assert {name: NormPlan.from_json(plan.to_json()).name for name, plan in PLANS.items()} == {
+        name: first.get(name, name) for name in PLANS
+    }
+    assert NormPlan.from_json(norms.HASTE.with_eps(0.5).to_json()).name is None
+    assert repr(norms.HASTE) == "norms.HASTE"
+    assert eval(repr(norms.HASTE.with_eps(0.5))) == norms.HASTE.with_eps(0.5)
+
+
+def test_none_is_the_plan_of_no_norm():
+    assert [name for name, plan in PLANS.items() if plan.is_none] == ["NONE"]
+    assert not NormPlan(cell="readout").is_none
+    assert NormPlan() == norms.NONE
+
+
+@pytest.mark.parametrize(("cell", "plan"), EVERY_PLAN, ids=lambda v: v if isinstance(v, str) else plan_label(v))
+def test_layers_through_their_token(cell, plan):
+    for bias, directions in product((True, False), (1, 2)):
+        layer = LayerSpec(CELLS[cell], plan, bias, CELLS[cell].projects, directions)
+        read = LayerSpec.parse(layer.token)
+        assert read == layer
+        assert hash(read) == hash(layer)
+        assert read.parameter_names == layer.parameter_names
+        assert read.token == layer.token
+
+
+def test_tokens_tell_layers_apart():
+    layers = [
+        LayerSpec(CELLS[cell], plan, bias, projected, directions)
+        for cell, plan in EVERY_PLAN
+        for bias, projected, directions in product((True, False), (True, False), (1, 2))
+    ]
+    assert len({layer.token for layer in layers}) == len(set(layers)) == len(layers)
