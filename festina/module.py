@@ -165,11 +165,14 @@ class RecurrentBase(nn.Module):
             self.zoneout_cell,
         )
 
+    def get_extra_state(self) -> Tensor:
+        """The plan as bytes. A method of this name is how torch.distributed.checkpoint knows that there is more to send."""
+        return torch.tensor(list(self.norm.to_json().encode()), dtype=torch.uint8)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.norm.is_none:  # a plain layer's state dict is torch.nn's, key for key
-            text = self.norm.to_json().encode()
-            destination[prefix + _PLAN_KEY] = torch.tensor(list(text), dtype=torch.uint8)
+        if self.norm.is_none:  # a plain layer's state dict is torch.nn's, key for key
+            del destination[prefix + _PLAN_KEY]
 
     def _load_from_state_dict(
         self,
