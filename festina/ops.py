@@ -147,7 +147,8 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted: list[bool] = list(ctx.needs_input_grad[2:])
-        tensors, kept = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        all_saved = ctx.saved_tensors  # read once: activation checkpointing hands it out no second time
+        tensors, kept = all_saved[: len(wanted)], all_saved[len(wanted) :]
         args = _joined(ctx.options, ctx.states, tensors)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # create_graph=True: the reference can be differentiated again, kernels cannot
