@@ -81,6 +81,23 @@ def test_a_layer_changes_its_type(variant: str, dtype: torch.dtype, atol: float)
     assert_same(other.float()(x)[0], want, rtol=0, atol=atol)
 
 
+def test_a_layer_of_the_meta_device_comes_to_life() -> None:
+    torch.manual_seed(0)
+    want = festina.LayerNormLSTM(I, H, num_layers=2)
+    with torch.device("meta"):
+        layer = festina.LayerNormLSTM(I, H, num_layers=2)
+    assert layer(torch.empty(4, 2, I, device="meta"))[0].shape == (4, 2, H)  # shapes without a number
+    layer.to_empty(device="cpu")
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    torch.testing.assert_close(dict(layer.state_dict()), dict(want.state_dict()), rtol=0, atol=0)
+
+    layer = festina.LayerNormLSTM(I, H, num_layers=2, device="meta")
+    layer.load_state_dict(want.state_dict(), assign=True)
+    x = torch.randn(4, 2, I)
+    assert torch.equal(layer(x)[0], want(x)[0])
+
+
 def _train_in_child(layer: Any, x: Tensor) -> None:
     torch.set_num_threads(1)  # as a DataLoader's worker does: a child of a fork has its parent's threads in name only
     layer(x)[0].sum().backward()
