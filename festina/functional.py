@@ -36,12 +36,11 @@ def recurrence(call: Call) -> backends.Outputs:
         call = call.with_tensors([t.to(low) if t.dtype == torch.float32 else t for t in call.tensors()])
     if torch._C._are_functorch_transforms_active():
         return reference.run(call)
-    if torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
         from festina import onnx  # which needs the layers, and they this module
 
         return onnx.recurrence(call)
-    output, state = torch.ops.festina.recurrence(*ops.arguments(call))
-    return output, state[0], state[1] if len(state) > 1 else None
+    return ops.run(call)
 
 
 def layer(

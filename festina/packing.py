@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 Lengths = Tensor | Sequence[int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Packing:
     """How the rows and steps of a batch were packed; `pack` makes it.
 
@@ -214,12 +214,12 @@ def pack(
         check_resets(resets, shape if input.dim() == 3 else (T,), axes if input.dim() == 3 else "[T]", input.device)
         resets = resets.view(shape).t() if batch_first else resets.view(shape)
 
-    if lengths is not None and torch.onnx.is_in_onnx_export():
+    is_compiling = torch.compiler.is_compiling()
+    if lengths is not None and is_compiling and torch.onnx.is_in_onnx_export():
         runs = torch.arange(T).unsqueeze(1) < lengths
         flat = None if resets is None else _directed(resets, lengths, directions).flatten(1)
         packing = Packing(T, B, runs, flat, None, None, input, batch_first)
         return packing.pack(batched), packing
-    is_compiling = torch.compiler.is_compiling()
     if lengths is None or not (is_compiling or bool((lengths != T).any())):
         flat = None if resets is None else _directed(resets, None, directions).flatten(1)
         packing = Packing(T, B, None, flat, None, None, input, batch_first)
