@@ -196,8 +196,8 @@ class RecurrentBase(nn.Module):
         if plan is not None and plan != self.norm and not (plan.is_none and self.norm.is_none):
             error_msgs.append(
                 f"{prefix or type(self).__name__}: the checkpoint was saved under the norm plan {plan}, this layer has "
-                f"{self.norm}; the same weights make another function there. Build the layer with norm={plan!r}, or, to "
-                "start from these weights all the same, load {**layer.state_dict(), **weights}"
+                f"{self.norm}; the same weights make another function there. Build the layer with norm={plan!r}, or, "
+                "to start from these weights all the same, load {**layer.state_dict(), **weights}"
             )
             return
         rest = {name: value for name, value in state_dict.items() if name != key}

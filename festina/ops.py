@@ -1,4 +1,4 @@
-"""The operators `festina::recurrence`, `recurrence_train`, `recurrence_backward` and `sort_rows`: schemas, shapes, autograd.
+"""The operators `festina::recurrence`, its train and backward forms, and `sort_rows`: schemas, shapes, autograd.
 
 One operator call is one layer over time, every direction. `recurrence` is what callers use; under autograd it becomes
 `recurrence_train`, whose outputs and saved tensors `recurrence_backward` turns into gradients. The backend is chosen when
@@ -171,6 +171,13 @@ class _Recurrence(torch.autograd.Function):
                 outputs = (output, state_n[0], state_n[1] if len(state_n) > 1 else None)
                 found = backend.backward(call, outputs, saved, d_all, wanted)
         return (None, None, *(gradient if want else None for gradient, want in zip(found, wanted, strict=True)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.autograd.forward_ad) does not go through festina's operators; "
+            "torch.func.jvp and torch.func.jacfwd do"
+        )
 
 
 def _joined(options: Arguments, states: int, tensors: Sequence[Tensor]) -> Arguments:
