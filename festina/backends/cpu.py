@@ -50,7 +50,9 @@ def constants(layer: LayerSpec) -> dict[str, Any]:
 def slots(layer: LayerSpec) -> tuple[int, ...]:
     """Where each of a call's parameters stands in the struct's pointers."""
     width = len(core.PARAMETERS)
-    return tuple(d * width + core.PARAMETERS.index(name) for d in range(layer.directions) for name in layer.parameter_names)
+    return tuple(
+        d * width + core.PARAMETERS.index(name) for d in range(layer.directions) for name in layer.parameter_names
+    )
 
 
 def threads_for(N: int, I: int, H: int, P: int, directions: int) -> int:
@@ -215,6 +217,8 @@ class Cpu:
             return f"it runs on cpu only, and the input is on {case.device}"
         if case.dtype not in TYPES:
             return f"it has no {str(case.dtype).removeprefix('torch.')}; use {', '.join(str(t).removeprefix('torch.') for t in TYPES)}"
+        if case.layer.rare:
+            return f"it has no kernel for this norm plan: {case.layer.rare}"
         return core.library().reason
 
     def forward(self, call: Call) -> Outputs:
