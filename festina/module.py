@@ -165,11 +165,14 @@ class RecurrentBase(nn.Module):
             self.zoneout_cell,
         )
 
+    def get_extra_state(self) -> Tensor:
+        """The plan as bytes. A method of this name is how torch.distributed.checkpoint knows that there is more to send."""
+        return plan_tensor(self.norm)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.norm.is_none:  # a plain layer's state dict is torch.nn's, key for key
-            text = self.norm.to_json().encode()
-            destination[prefix + PLAN_KEY] = torch.tensor(list(text), dtype=torch.uint8)
+        if self.norm.is_none:  # a plain layer's state dict is torch.nn's, key for key
+            del destination[prefix + PLAN_KEY]
 
     def _load_from_state_dict(
         self,
@@ -214,6 +217,11 @@ class RecurrentBase(nn.Module):
     def _repr_defaults(self) -> dict[str, Any]:
         """Options that are shown where they differ from these."""
         return {}
+
+
+def plan_tensor(plan: NormPlan) -> Tensor:
+    """The plan as a checkpoint holds it, under `PLAN_KEY`."""
+    return torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8)
 
 
 def saved_plan(state_dict: dict[str, Any], prefix: str) -> NormPlan | None:

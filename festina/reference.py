@@ -241,6 +241,22 @@ def zoneout(old: Tensor, new: Tensor, mask: Tensor | None, rate: float) -> Tenso
     return rate * old + (1 - rate) * new if rate else new
 
 
+def advance(
+    layer: LayerSpec,
+    x: Tensor,
+    state: State,
+    p: dict[str, Tensor],
+    resets: Tensor | None,
+    masks: Sequence[Tensor | None],
+    rates: Sequence[float],
+) -> State:
+    """`step`, a reset before it and Zoneout after it. resets [B] bool; masks [B, P], [B, H] and rates of h and c."""
+    if resets is not None:
+        state = tuple(torch.where(resets.unsqueeze(1), torch.zeros_like(s), s) for s in state)
+    new = step(layer, x, state, p)
+    return tuple(zoneout(was, now, mask, rate) for was, now, mask, rate in zip(state, new, masks, rates))
+
+
 def unroll(call: Call, d: int) -> tuple[Tensor, State]:
     """Direction `d` of a call: output [N, P], and every row's own last state.
 
@@ -260,13 +276,9 @@ def unroll(call: Call, d: int) -> tuple[Tensor, State]:
     for t in range(len(sizes)) if d == 0 else reversed(range(len(sizes))):
         rows, here = sizes[t], slice(starts[t], starts[t + 1])
         old = tuple(s[:rows] for s in state)
-        if call.resets is not None:
-            old = tuple(torch.where(call.resets[d, here, None], torch.zeros_like(s), s) for s in old)
-        new = step(call.layer, x[here], old, p)
-        new = tuple(
-            zoneout(was, now, None if mask is None else mask[d, here], rate)
-            for was, now, mask, rate in zip(old, new, masks, rates)
-        )
+        resets = None if call.resets is None else call.resets[d, here]
+        kept = [None if mask is None else mask[d, here] for mask in masks]
+        new = advance(call.layer, x[here], old, p, resets, kept, rates)
         outputs[t] = new[0]
         state = tuple(torch.cat([now, s[rows:]]) for now, s in zip(new, state, strict=True))
     output = torch.cat(outputs) if outputs else call.input.new_zeros(0, call.h_0.shape[2])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from festina.convert.layout import Block, Described, Layout, Shape, layout
 from festina.layers import Recurrent
-from festina.module import PLAN_KEY, saved_plan
+from festina.module import PLAN_KEY, plan_tensor, saved_plan
 from festina.norms import NormPlan
 from festina.spec import CellSpec, LayerSpec
 
@@ -153,7 +153,7 @@ def write(table: Table, layer: Recurrent) -> dict[str, Tensor]:
     for key in table.stacked:
         state[key] = torch.stack([state.pop(f"{key}.{l}") for l in range(L)])
     if table.plan is None and not spec.plan.is_none:
-        state[PLAN_KEY] = torch.tensor(list(spec.plan.to_json().encode()), dtype=torch.uint8)
+        state[PLAN_KEY] = plan_tensor(spec.plan)
     return state
 
 
