@@ -206,7 +206,7 @@ class LayerSpec:
 
     @property
     def rare(self) -> str | None:
-        """Why a backend without kernels for the rarest plans must refuse this layer, as `can_run` says it; None: it need not."""
+        """Why a backend without kernels for the rarest plans refuses this layer, as `can_run` says it; None: it need not."""
         phrases = {
             "the reset gate acts before the norm": self.plan.reset != "normed",
             "c is clipped": self.plan.clip is not None,
