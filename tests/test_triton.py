@@ -43,6 +43,7 @@ def test_it_says_why_it_does_not_run():
     assert refusal(LSTM, "cuda") is None
     wide = Case(**{**vars(LSTM), "dtype": torch.float64})
     assert refusal(wide, "cuda") == "it serves float32, bfloat16, float16, not torch.float64"
+    assert refusal(Case("lstm", norms.SOCKEYE), "cuda") == Case("lstm", norms.SOCKEYE).layer.rare is not None
 
 
 def test_it_runs_only_when_it_is_asked_for():
