@@ -4,8 +4,7 @@
 
 namespace ISA {
 
-constexpr long gradient_depth = 128;  // steps at a time: a chunk of either factor then fits in half of L1
-constexpr long gradient_rows = 96;
+constexpr long gradient_rows = 96;  // so many rows of a weight's gradient, or of the input's, are one task
 
 template <class T> struct Gradients {
   const FestinaCall& call;
@@ -17,8 +16,12 @@ template <class T> struct Gradients {
   Blocked<T> d_rows;                  // of this thread: a few rows of d_input
   long workers;
 
-  long weight_rows() const { return min(gradient_rows, max(TILE_ROWS, s.traits.gates * s.H / (4 * workers) / TILE_ROWS * TILE_ROWS)); }
-  long input_rows() const { return min(gradient_rows, max(4 * TILE_ROWS, (long)((256 << 10) / (s.columns() * chunk<T> * sizeof(T))) / TILE_ROWS * TILE_ROWS)); }
+  // Smaller tasks where there would be too few to go round.
+  long task_rows(long rows) const {
+    return min(gradient_rows, max(TILE_ROWS, rows / (4 * workers) / TILE_ROWS * TILE_ROWS));
+  }
+  long weight_rows() const { return task_rows(s.traits.gates * s.H); }
+  long input_rows() const { return task_rows(s.N); }
 
   // Every task by its number; false past the last.
   bool first_pass(long task) const {
@@ -71,9 +74,9 @@ template <class T> struct Gradients {
       my.target_at[i] = (row + i) * to.step;
     }
     constexpr int C = chunk<T>;
-    for (long token = 0; token == 0 || token < s.N; token += gradient_depth)
+    for (long token = 0; token == 0 || token < s.N; token += depth_block)
       multiply<T, C>({left.data + token * C, my.left_at, C * C}, count, {right.data + token * C, right.step()},
-                     ceil_div(f.columns, C), min(gradient_depth, s.N - token), {to.data, my.target_at, C}, token > 0);
+                     ceil_div(f.columns, C), min(depth_block, s.N - token), {to.data, my.target_at, C}, token > 0);
   }
 
   void finish_weight(long d, int w, const Factors& f, long column) const {
