@@ -81,9 +81,10 @@ _forced = os.environ.get("FESTINA_BACKEND", "")
 @cache
 def registry() -> dict[str, Backend]:
     """Every backend by name, best first. A new one is a line here."""
+    from festina.backends.cpu import CPU
     from festina.backends.eager import EAGER
 
-    listed: tuple[Backend, ...] = (EAGER,)
+    listed: tuple[Backend, ...] = (CPU, EAGER)
     return {backend.name: backend for backend in listed}
 
 
