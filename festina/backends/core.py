@@ -34,6 +34,7 @@ PARAMETERS = (
     "bias_c",
 )
 Pointers = c_void_p * (2 * len(PARAMETERS))
+Sizes = c_uint64 * (2 * len(PARAMETERS))
 
 
 class FestinaCall(ctypes.Structure):
@@ -104,7 +105,7 @@ def library() -> Library:
     core.festina_isas.argtypes = [c_int]
     core.festina_allocate.restype, core.festina_allocate.argtypes = c_void_p, [c_uint64]
     core.festina_free.restype, core.festina_free.argtypes = None, [c_void_p]
-    core.festina_fingerprint.restype, core.festina_fingerprint.argtypes = c_uint64, [c_void_p, c_uint64]
+    core.festina_fingerprint.restype, core.festina_fingerprint.argtypes = c_uint64, [POINTER(FestinaCall), Sizes]
     if core.festina_isa() is None:
         return Library(None, core.festina_error().decode())
     return Library(core, None)

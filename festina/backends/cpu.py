@@ -96,39 +96,50 @@ class Pointers:
         return tensor.data_ptr()
 
 
-def struct_of(call: Call, which: int, at: Pointers) -> core.FestinaCall:
-    """The struct without outputs, buffers and gradients."""
-    layer = call.layer
-    N, I = call.input.shape
-    _, B, P = call.h_0.shape
-    sizes = call.batch_sizes
-    T = N // B if sizes is None and B else 0 if sizes is None else sizes.shape[0]
-    H = call.parameters[0].shape[0] // len(layer.cell.gates)
+@lru_cache(maxsize=256)
+def template(layer: LayerSpec, dtype: torch.dtype, which: int, sizes: tuple[int, ...], rates: tuple[float, ...]) -> bytes:
+    """The struct without a single pointer, as bytes: calls of one shape start from a copy of it."""
+    T, B, I, H, P, N, threads = sizes
+    zoneout, zoneout_cell, has_h, has_c = rates
     args = core.FestinaCall(
         call_pass=which,
-        type=TYPES[call.input.dtype],
-        threads=threads_for(N, I, H, P, layer.directions),
+        type=TYPES[dtype],
+        threads=threads,
         T=T,
         B=B,
         I=I,
         H=H,
         P=P,
         N=N,
-        zoneout=call.zoneout,
-        zoneout_cell=call.zoneout_cell,
-        has_zoneout=has_zoneout(call.zoneout_mask, call.zoneout),
-        has_zoneout_cell=has_zoneout(call.zoneout_cell_mask, call.zoneout_cell),
-        batch_sizes=at(sizes),
-        resets=at(call.resets),
-        zoneout_mask=at(call.zoneout_mask),
-        zoneout_cell_mask=at(call.zoneout_cell_mask),
-        input=at(call.input),
-        h_0=at(call.h_0),
-        c_0=at(call.c_0),
+        zoneout=zoneout,
+        zoneout_cell=zoneout_cell,
+        has_zoneout=int(has_h),
+        has_zoneout_cell=int(has_c),
         **constants(layer),
     )
-    for slot, parameter in zip(slots(layer), call.parameters, strict=True):
-        args.parameters[slot] = at(parameter)
+    return bytes(args)
+
+
+def struct_of(call: Call, which: int, at: Pointers) -> core.FestinaCall:
+    """The struct without outputs, buffers and gradients."""
+    layer = call.layer
+    N, I = call.input.shape
+    _, B, P = call.h_0.shape
+    batch = call.batch_sizes
+    T = batch.shape[0] if batch is not None else N // B if B else 0
+    H = call.parameters[0].shape[0] // len(layer.cell.gates)
+    sizes = (T, B, I, H, P, N, threads_for(N, I, H, P, layer.directions))
+    has = (has_zoneout(call.zoneout_mask, call.zoneout), has_zoneout(call.zoneout_cell_mask, call.zoneout_cell))
+    args = core.FestinaCall.from_buffer_copy(
+        template(layer, call.input.dtype, which, sizes, (call.zoneout, call.zoneout_cell, *has))
+    )
+    args.input, args.h_0, args.c_0 = at(call.input), at(call.h_0), at(call.c_0)
+    for name in ("batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask"):
+        if (tensor := getattr(call, name)) is not None:
+            setattr(args, name, at(tensor))
+    pointers = args.parameters
+    for slot, parameter in zip(slots(layer), call.parameters):
+        pointers[slot] = at(parameter)
     return args
 
 
@@ -158,7 +169,7 @@ def new_outputs(call: Call, args: core.FestinaCall) -> Outputs:
     return output, h_n, c_n
 
 
-Marks = list[tuple[int, int, int]]
+Marks = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -180,26 +191,37 @@ class PackedCache:
     def __init__(self) -> None:
         self._found: dict[int, Packed] = {}
 
-    def marks(self, call: Call) -> Marks | None:
+    def marks(self, call: Call, args: core.FestinaCall) -> Marks | None:
         """What the parameters look like now; None where no version says when they change."""
-        fingerprint = core.functions().festina_fingerprint
-        if any(p.is_inference() or not p.is_contiguous() for p in call.parameters):
-            return None
-        return [(p._version, p.data_ptr(), fingerprint(p.data_ptr(), p.nbytes)) for p in call.parameters]
+        parameters = call.parameters
+        for p in parameters:
+            if p.is_inference() or not p.is_contiguous():
+                return None
+        sizes = parameter_bytes(call.layer, tuple(p.nbytes for p in parameters))
+        return core.functions().festina_fingerprint(args, sizes), *[p._version for p in parameters]
 
     def get(self, call: Call, marks: Marks | None) -> Tensor | None:
         """The packed weights, if they are still true."""
         found = self._found.get(id(call.parameters[0]))
         if found is None or found.marks != marks:
             return None
-        same = all(ref() is p for ref, p in zip(found.parameters, call.parameters, strict=True))
-        return found.buffer if same else None
+        for ref, p in zip(found.parameters, call.parameters):
+            if ref() is not p:
+                return None
+        return found.buffer
 
     def put(self, call: Call, marks: Marks, buffer: Tensor) -> None:
         first, key = call.parameters[0], id(call.parameters[0])
         if key not in self._found:
             weakref.finalize(first, self._found.pop, key, None).atexit = False
         self._found[key] = Packed([weakref.ref(p) for p in call.parameters], marks, buffer)
+
+
+@lru_cache(maxsize=256)
+def parameter_bytes(layer: LayerSpec, sizes: tuple[int, ...]) -> Any:
+    """Bytes of each parameter where its pointer stands in the struct."""
+    placed = dict(zip(slots(layer), sizes))
+    return core.Sizes(*(placed.get(slot, 0) for slot in range(2 * len(core.PARAMETERS))))
 
 
 class Cpu:
@@ -222,7 +244,7 @@ class Cpu:
         args = struct_of(call, core.INFERENCE, at)
         outputs = new_outputs(call, args)
         need = bytes_of(args)
-        marks = self._packed.marks(call)
+        marks = self._packed.marks(call, args)
         packed = self._packed.get(call, marks)
         args.is_packed = packed is not None
         if packed is None:
