@@ -187,7 +187,10 @@ def test_an_ignored_reset_and_an_ignored_mask_are_caught(monkeypatch):
     call, cotangents = case.build()
     want = evaluate(reference.run, widened(call), cotangents)
     for lost in ("resets", "zoneout_mask"):
-        assert worst(evaluate(run, replace(call, **{lost: None}), cotangents), want)[0] > MARGIN * TOLERANCES[torch.float32]
+        assert (
+            worst(evaluate(run, replace(call, **{lost: None}), cotangents), want)[0]
+            > MARGIN * TOLERANCES[torch.float32]
+        )
 
 
 def test_nan_goes_through_and_stays_in_its_row():
@@ -201,7 +204,7 @@ def test_nan_goes_through_and_stays_in_its_row():
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0)], ids=["no steps", "no rows"])
 def test_nothing_to_do(sizes):
-    T, B = sizes
+    _, B = sizes
     call, _ = Case("lstm", norms.HASTE, T=2, B=3, H=9).build()
     call = replace(call, input=call.input[:0], h_0=call.h_0[:, :B], c_0=call.c_0[:, :B])
     outputs, saved = CPU.forward_train(call)

@@ -125,12 +125,12 @@ def functions() -> ctypes.CDLL:
 
 def isa() -> str:
     """The instruction set in use; `FESTINA_ISA` forces one."""
-    return functions().festina_isa().decode()
+    return str(functions().festina_isa().decode())
 
 
 def isas(runnable: bool = False) -> list[str]:
     """The instruction sets compiled in, best first; only those that this CPU runs, if so asked."""
-    return functions().festina_isas(int(runnable)).decode().split()
+    return str(functions().festina_isas(int(runnable)).decode()).split()
 
 
 def check(status: int) -> None:
