@@ -1,6 +1,7 @@
 # make demo | test | lint | bench | info | format | wheel | clean. Everything happens in .venv, which is made on first use.
 #
 # PYTHON=python3.12 make test     another Python (3.10 or later)
+# make test-torch TORCH=2.10      another PyTorch (2.10 or later)
 # make demo ARGS="--steps 200"    arguments for the program behind a target
 #
 # Packages come from wherever pip (or uv, if it is installed) is set to look.
@@ -9,10 +10,13 @@ PYTHON ?= python3
 ARGS ?=
 JOBS ?= auto
 
-VENV := .venv
+# TORCH=2.10 takes the last 2.10.x; each PyTorch but the usual one has an environment of its own.
+USUAL := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' constraints.txt)
+TORCH ?= $(USUAL)
+WANTED := torch==$(TORCH)$(if $(word 3,$(subst ., ,$(TORCH))),,.*)
+VENV := .venv$(if $(filter-out $(USUAL),$(TORCH)),-torch-$(TORCH))
 PY := $(VENV)/bin/python
 UV := $(shell command -v uv 2>/dev/null)
-TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' constraints.txt)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 # $(call install,ARGUMENTS): with uv where there is one, and with pip where there is none or uv finds no such package.
@@ -27,7 +31,7 @@ endif
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 # Three stamps, so that a change costs only what it must: the environment, torch, and festina with its tools.
 $(VENV)/.made:
@@ -38,13 +42,14 @@ $(VENV)/.made:
 	@touch $@
 
 # torch first and on its own: it is the one large download, and a failure here says so plainly.
-$(VENV)/.$(TORCH): $(VENV)/.made
-	$(call install,$(TORCH))
+$(VENV)/.torch-$(TORCH): $(VENV)/.made
+	$(call install,'$(WANTED)')
 	@touch $@
 
 # Editable: an edited Python file is what runs. The compiled core is built again when one of its sources has changed.
-$(VENV)/.installed: $(VENV)/.$(TORCH) $(SOURCES)
-	$(call install,--constraint constraints.txt --editable '.[dev]')
+$(VENV)/.installed: $(VENV)/.torch-$(TORCH) $(SOURCES)
+	@sed 's/^torch==.*/$(WANTED)/' constraints.txt > $(VENV)/constraints.txt
+	$(call install,--constraint $(VENV)/constraints.txt --editable '.[dev]')
 	@touch $@
 
 setup: $(VENV)/.installed
@@ -61,6 +66,9 @@ bench: setup
 # One thread per worker: the workers already fill the cores.
 test: setup
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --numprocesses $(JOBS) $(ARGS)
+
+# Lint belongs to the usual PyTorch; the suite runs on any.
+test-torch: test
 
 lint: setup
 	$(PY) -m ruff check .

@@ -1,6 +1,6 @@
 """Festina: layer-normalised LSTM, GRU and IndRNN for PyTorch that cost no more time than the plain ones."""
 
-from festina import backends, functional, norms
+from festina import backends, convert, functional, norms
 from festina.cells import GRUCell, IndRNNCell, LayerNormGRUCell, LayerNormIndRNNCell, LayerNormLSTMCell, LSTMCell
 from festina.layers import GRU, LSTM, IndRNN, LayerNormGRU, LayerNormIndRNN, LayerNormLSTM
 from festina.norms import NormPlan
@@ -22,6 +22,7 @@ __all__ = [
     "LayerNormLSTMCell",
     "NormPlan",
     "backends",
+    "convert",
     "functional",
     "norms",
 ]

@@ -118,8 +118,8 @@ class Cell(RecurrentBase):
             check_resets(resets, tuple(axes.values()), "[B]" if is_batched else "[]", input.device)
             resets = resets.reshape(1, B)
         _, h, c = functional.recurrence(self._call(0, steps, state, resets=resets))
-        row = 0 if is_batched else (0, 0)
-        return h[row] if c is None else (h[row], c[row])
+        extra = (0,) if is_batched else (0, 1)
+        return h.squeeze(extra) if c is None else (h.squeeze(extra), c.squeeze(extra))
 
 
 class LSTMCell(Cell):

@@ -31,14 +31,16 @@ def recurrence(call: Call) -> backends.Outputs:
     Raises:
         festina.backends.BackendError: a backend was forced that cannot run this call.
     """
-    device = call.input.device.type
-    if torch.is_autocast_enabled(device):
-        low = _float32_becomes(device)
+    low = _float32_becomes(call.input.device.type)
+    if low != torch.float32:
         call = call.with_tensors([t.to(low) if t.dtype == torch.float32 else t for t in call.tensors()])
     if torch._C._are_functorch_transforms_active():
         return reference.run(call)
-    output, state = torch.ops.festina.recurrence(*ops.arguments(call))
-    return output, state[0], state[1] if len(state) > 1 else None
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        from festina import onnx  # which needs the layers, and they this module
+
+        return onnx.recurrence(call)
+    return ops.run(call)
 
 
 def layer(
@@ -196,7 +198,9 @@ def check_input(steps: Tensor, input_size: int, weight: Tensor) -> None:
 
 def _float32_becomes(device: str) -> torch.dtype:
     """The type in which float32 tensors are computed with: autocast's, or float32 itself outside of it."""
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta device
+        return torch.float32
+    return torch.get_autocast_dtype(device)
 
 
 def _check_like(name: str, tensor: Tensor, like: Tensor, whose: str) -> None:

@@ -16,7 +16,7 @@ from festina.reference import Call
 from festina.spec import CellSpec, LayerSpec
 
 # torch's own name for what a module saves beside its tensors; here, the norm plan.
-_PLAN_KEY = "_extra_state"
+PLAN_KEY = "_extra_state"
 
 
 class RecurrentBase(nn.Module):
@@ -165,11 +165,14 @@ class RecurrentBase(nn.Module):
             self.zoneout_cell,
         )
 
+    def get_extra_state(self) -> Tensor:
+        """The plan as bytes. A method of this name is how torch.distributed.checkpoint knows that there is more to send."""
+        return plan_tensor(self.norm)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.norm.is_none:  # a plain layer's state dict is torch.nn's, key for key
-            text = self.norm.to_json().encode()
-            destination[prefix + _PLAN_KEY] = torch.tensor(list(text), dtype=torch.uint8)
+        if self.norm.is_none:  # a plain layer's state dict is torch.nn's, key for key
+            del destination[prefix + PLAN_KEY]
 
     def _load_from_state_dict(
         self,
@@ -182,9 +185,10 @@ class RecurrentBase(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Load unless the checkpoint was saved under another plan: then nothing of this module is touched."""
-        key = prefix + _PLAN_KEY
+        key = prefix + PLAN_KEY
         try:
-            plan = _saved_plan(state_dict, prefix)
+            plan = saved_plan(state_dict, prefix)
+            plan = plan and self.spec.cell.named(plan)
         except (AttributeError, TypeError, ValueError) as error:
             error_msgs.append(f"{key} must hold a norm plan as festina saves it, but it cannot be read: {error}")
             return
@@ -193,8 +197,8 @@ class RecurrentBase(nn.Module):
         if plan is not None and plan != self.norm and not (plan.is_none and self.norm.is_none):
             error_msgs.append(
                 f"{prefix or type(self).__name__}: the checkpoint was saved under the norm plan {plan}, this layer has "
-                f"{self.norm}; the same weights make another function there. Build the layer with norm={plan!r}, or, to "
-                "start from these weights all the same, load {**layer.state_dict(), **weights}"
+                f"{self.norm}; the same weights make another function there. Build the layer with norm={plan!r}, or, "
+                "to start from these weights all the same, load {**layer.state_dict(), **weights}"
             )
             return
         rest = {name: value for name, value in state_dict.items() if name != key}
@@ -215,12 +219,17 @@ class RecurrentBase(nn.Module):
         return {}
 
 
-def _saved_plan(state_dict: dict[str, Any], prefix: str) -> NormPlan | None:
+def plan_tensor(plan: NormPlan) -> Tensor:
+    """The plan as a checkpoint holds it, under `PLAN_KEY`."""
+    return torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8)
+
+
+def saved_plan(state_dict: dict[str, Any], prefix: str) -> NormPlan | None:
     """The plan of the layer that was saved under `prefix`; None if nothing was, or if it had norms but not their plan.
 
     Weights without any gain are those of a plain layer: torch.nn saves no plan, and neither does festina for one.
     """
-    saved = state_dict.get(prefix + _PLAN_KEY)
+    saved = state_dict.get(prefix + PLAN_KEY)
     if saved is not None:
         return NormPlan.from_json(bytes(saved.tolist()).decode())
     is_plain = not any(name.startswith(prefix + "gain") for name in state_dict)

@@ -15,6 +15,7 @@ Placement = Literal["none", "separate", "joint"]
 Groups = Literal["all", "gate", "gates|candidate"]
 CellNorm = Literal["none", "readout", "carried"]
 Kind = Literal["layer", "rms"]
+Reset = Literal["normed", "product", "state"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,22 @@ class NormPlan:
         eps: added to the variance (or to the mean square).
         inner_bias: add a bias inside the norm, on the side of the input: `N(W_ih x + bias_inner)` or
             `N(W_ih x + W_hh h + bias_inner)`.
+        inner_bias_hh: the same on the side of h, where it is another function than `inner_bias`: under separate norms, and
+            where the reset gate multiplies the product.
+        reset: what the GRU's reset gate multiplies: `normed`, the candidate's block once it is normalised and shifted
+            (of h's product; under a joint norm of the whole sum, as Dreamer has it); `product`, h's product before any norm;
+            `state`, h before the product (Cho et al. 2014, v3). A cell without a reset gate ignores it.
+        clip: c is clamped to ±clip, the carried one, after its norm. A cell without c ignores it.
         name: what the plan is called; it does not count when plans are compared.
 
     Raises:
-        ValueError: a field holds none of its values, `eps` is not positive, or a field has nothing to act on.
+        ValueError: a field holds none of its values, `eps` or `clip` is not positive, a field has nothing to act on, or the
+            candidate would be normalised together with the gate that it waits for.
 
     >>> NormPlan("separate", cell="readout") == HASTE
     True
     >>> HASTE.with_eps(1e-3)
-    NormPlan(placement='separate', groups='all', cell='readout', kind='layer', eps=0.001, inner_bias=False)
+    NormPlan(placement='separate', cell='readout', eps=0.001)
     """
 
     placement: Placement = "none"
@@ -51,6 +59,9 @@ class NormPlan:
     kind: Kind = "layer"
     eps: float = 1e-5
     inner_bias: bool = False
+    inner_bias_hh: bool = False
+    reset: Reset = "normed"
+    clip: float | None = None
     name: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -59,26 +70,34 @@ class NormPlan:
             ("groups", get_args(Groups)),
             ("cell", get_args(CellNorm)),
             ("kind", get_args(Kind)),
+            ("reset", get_args(Reset)),
         ):
             got = getattr(self, what)
             if got not in values:
                 raise ValueError(f"NormPlan {what} must be one of {', '.join(map(repr, values))}, got {got!r}")
         if not self.eps > 0:
             raise ValueError(f"NormPlan eps must be greater than 0 (it is added to the variance), got {self.eps!r}")
-        if self.placement == "none" and (self.groups != "all" or self.inner_bias):
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"NormPlan clip must be greater than 0, or None for no clip, got {self.clip!r}")
+        if self.placement == "none" and (self.groups != "all" or self.inner_bias or self.inner_bias_hh):
             raise ValueError(
-                "NormPlan groups and inner_bias belong to a norm on the products, but placement is 'none'; "
+                "NormPlan groups, inner_bias and inner_bias_hh belong to a norm on the products, but placement is 'none'; "
                 "choose 'separate' or 'joint', or leave them at their defaults"
+            )
+        if self.placement != "none" and self.groups == "all" and self.reset != "normed":
+            raise ValueError(
+                f"NormPlan reset {self.reset!r} needs the reset gate before the candidate is normalised, but groups 'all' "
+                "normalises both together; choose 'gate' or 'gates|candidate'"
             )
 
     @property
     def is_none(self) -> bool:
-        """True where there is no norm at all: the cell is the plain one."""
-        return self.placement == "none" and self.cell == "none"
+        """True where there is no norm, nor a reset gate or a clip that `torch.nn` has not: the cell is the plain one."""
+        return replace(self, eps=NONE.eps) == NONE
 
     def with_eps(self, eps: float) -> NormPlan:
-        """The same plan with another eps, and no name of its own."""
-        return replace(self, eps=eps, name=None)
+        """The same plan with another eps, and then without a name."""
+        return self if eps == self.eps else replace(self, eps=eps, name=None)
 
     def spans(self, gates: int) -> list[tuple[int, int]]:
         """The groups of gates that share statistics, as (first, past the last) pairs.
@@ -114,21 +133,37 @@ class NormPlan:
     def __repr__(self) -> str:
         if self.name:
             return f"norms.{self.name}"
-        return f"NormPlan({', '.join(f'{key}={value!r}' for key, value in self.to_dict().items())})"
+        default = NONE.to_dict()
+        return f"NormPlan({', '.join(f'{key}={v!r}' for key, v in self.to_dict().items() if v != default[key])})"
 
 
 NONE = NormPlan(name="NONE")
 """No norm: the plain cell of `torch.nn`."""
 
+# The LSTM and, where a plan fits both, the GRU. In each group the plan that others are compared with stands first.
+
 HASTE = NormPlan("separate", cell="readout", name="HASTE")
 """haste's LayerNormLSTM, LayerNormGRU and LayerNormIndRNN, and the default of Festina's. The LSTM's equations are those of
-Ba et al. 2016, supplement (20)-(22), and of OpenAI baselines' lnlstm."""
+Ba et al. 2016, supplement (20)-(22), and of the lnlstm of OpenAI baselines and stable-baselines."""
 
 BA2016 = NormPlan("separate", cell="readout", name="BA2016")
 """Ba et al. 2016, supplement (20)-(22), the LSTM: the same function as `HASTE`."""
 
-BA2016_GRU = NormPlan("separate", groups="gates|candidate", name="BA2016_GRU")
-"""Ba et al. 2016, supplement, the GRU: r and z share statistics, the candidate has its own."""
+BA2016_DRAW = NormPlan(cell="readout", name="BA2016_DRAW")
+"""Ba et al. 2016, supplement, the DRAW experiment: a plain LSTM with one norm, on c in the output."""
+
+LNLSTM = NormPlan("separate", cell="readout", inner_bias=True, name="LNLSTM")
+"""The code that Ba et al. published (ryankiros/layer-norm, layers.py, lnlstm_layer): `HASTE` with a bias inside the input's
+norm too."""
+
+SOCKEYE = NormPlan("separate", cell="readout", eps=1e-6, inner_bias=True, inner_bias_hh=True, name="SOCKEYE")
+"""Sockeye 1's LayerNormLSTMCell and LayerNormGRUCell: both biases inside the norms."""
+
+MARIAN = NormPlan("separate", eps=1e-9, name="MARIAN")
+"""Marian's LSTM and GRU under --layer-normalization: no norm on c, eps 1e-9."""
+
+DING = NormPlan("separate", name="DING")
+"""DI-engine's LSTM with norm_type LN: no norm on c."""
 
 FASTRNNS = NormPlan("separate", cell="carried", name="FASTRNNS")
 """PyTorch's benchmarks/fastrnns/custom_lstms.py, and its copies in NeMo and DI-star: the normalised c is the state."""
@@ -136,24 +171,74 @@ FASTRNNS = NormPlan("separate", cell="carried", name="FASTRNNS")
 TFA = NormPlan("separate", cell="carried", eps=1e-3, name="TFA")
 """TensorFlow Addons' LayerNormLSTMCell: `FASTRNNS` with Keras' eps."""
 
+RETURNN = NormPlan("separate", cell="carried", eps=1e-12, name="RETURNN")
+"""RETURNN's LayerNormVariantsLSTMCell with global_norm and cell_norm."""
+
+RETURNN_JOINED = NormPlan("joint", cell="carried", eps=1e-12, name="RETURNN_JOINED")
+"""RETURNN's LayerNormVariantsLSTMCell with global_norm_joined and cell_norm."""
+
 TORCHAUDIO = NormPlan("joint", cell="carried", name="TORCHAUDIO")
 """torchaudio's _CustomLSTM (RNN-T predictors). Its emformer_rnnt_base sets eps 1e-3: `TORCHAUDIO.with_eps(1e-3)`."""
+
+SONNET = NormPlan("joint", name="SONNET")
+"""DeepMind Sonnet 1's LSTM with use_layer_norm: one norm on the sum, none on c."""
+
+CAFFE2 = NormPlan("joint", eps=1e-4, inner_bias=True, name="CAFFE2")
+"""Caffe2's LayerNormLSTMCell: `SONNET` with the biases inside the norm."""
 
 ICEFALL = NormPlan("joint", groups="gate", cell="carried", inner_bias=True, name="ICEFALL")
 """icefall's LayerNormLSTMCell, after Li et al. 2019 (arXiv 1909.12415): every gate on its own, biases inside the norm."""
 
 TF_CONTRIB = NormPlan("joint", groups="gate", cell="carried", eps=1e-12, name="TF_CONTRIB")
-"""tf.contrib.rnn.LayerNormBasicLSTMCell: every gate on its own, eps 1e-12."""
+"""tf.contrib.rnn.LayerNormBasicLSTMCell, and RETURNN's LayerNormVariantsLSTMCell with per_gate_norm: every gate on its own,
+eps 1e-12."""
+
+SKETCH_RNN = NormPlan("joint", groups="gate", cell="readout", eps=1e-3, name="SKETCH_RNN")
+"""Magenta's sketch_rnn, LayerNormLSTMCell: every gate on its own, the carried c stays raw."""
+
+SOCKEYE_PER_GATE = NormPlan("joint", groups="gate", cell="readout", eps=1e-6, inner_bias=True, name="SOCKEYE_PER_GATE")
+"""Sockeye 1's LayerNormPerGateLSTMCell."""
+
+LINGVO = NormPlan("joint", groups="gate", eps=1e-8, clip=10.0, name="LINGVO")
+"""Lingvo's LayerNormalizedLSTMCellSimple: every gate on its own, no norm on c, c clipped at ±10."""
+
+LINGVO_LEAN = NormPlan("joint", groups="gate", cell="readout", eps=1e-8, name="LINGVO_LEAN")
+"""Lingvo's LayerNormalizedLSTMCellLean: no clip, a norm on c in the output."""
+
+TFLITE = NormPlan("joint", groups="gate", eps=1e-8, name="TFLITE")
+"""The LSTM of TensorFlow Lite and NNAPI with layer norm coefficients: `LINGVO` without a clip."""
+
+# The GRU.
+
+BA2016_GRU = NormPlan("separate", groups="gates|candidate", name="BA2016_GRU")
+"""Ba et al. 2016, supplement, the GRU: r and z share statistics, the candidate has its own."""
+
+LNGRU = NormPlan("separate", groups="gates|candidate", inner_bias=True, name="LNGRU")
+"""The code that Ba et al. published (ryankiros/layer-norm, layers.py, lngru_layer), and Nematus: `BA2016_GRU` with the biases
+inside the input's norms."""
+
+NEMATUS_STATE = NormPlan("separate", groups="gates|candidate", inner_bias_hh=True, name="NEMATUS_STATE")
+"""Nematus where it adds the biases to the state's products (its Theano-compatible cells): inside h's norms."""
 
 DREAMER = NormPlan("joint", eps=1e-3, name="DREAMER")
-"""The GRU of DreamerV2 and DreamerV3 (2023): candidate tanh(σ(r)·n), update σ(z − 1). `reference.gru_joint_step` has it."""
+"""The GRU of DreamerV3 (2023): candidate tanh(σ(r)·n), update σ(z − 1). `reference.gru_joint_step` has it."""
 
 SHEEPRL = NormPlan("joint", eps=1e-3, name="SHEEPRL")
-"""sheeprl's LayerNormGRUCell: the same function as `DREAMER`."""
+"""sheeprl's LayerNormGRUCell without a bias: the same function as `DREAMER`."""
+
+DREAMER_V2 = NormPlan("joint", eps=1e-3, inner_bias=True, name="DREAMER_V2")
+"""The GRU of DreamerV2, and sheeprl's LayerNormGRUCell with a bias: `DREAMER` with the linear layer's bias inside the norm."""
+
+ICEFALL_GRU = NormPlan("joint", groups="gate", inner_bias=True, inner_bias_hh=True, reset="product", name="ICEFALL_GRU")
+"""icefall's LayerNormGRUCell: every gate on its own, n = tanh(N(x_n + r·h_n)), biases inside."""
+
+LINGVO_GRU = NormPlan("joint", groups="gate", eps=1e-8, reset="state", name="LINGVO_GRU")
+"""Lingvo's GRUCell with apply_layer_norm: every gate on its own, the reset gate before the product."""
+
+RESET_BEFORE = NormPlan(reset="state", name="RESET_BEFORE")
+"""No norm; the GRU of Cho et al. 2014 (arXiv 1406.1078v3) and of Keras with reset_after=False."""
 
 PLANS: dict[str, NormPlan] = {
-    plan.name: plan
-    for plan in (NONE, HASTE, BA2016, BA2016_GRU, FASTRNNS, TFA, TORCHAUDIO, ICEFALL, TF_CONTRIB, DREAMER, SHEEPRL)
-    if plan.name
+    name: plan for name, plan in list(globals().items()) if isinstance(plan, NormPlan) and plan.name == name
 }
 """Every named plan. Where two names mean the same function, the first one is the one that is read back."""

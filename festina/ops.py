@@ -1,4 +1,4 @@
-"""The operators `festina::recurrence`, `recurrence_train`, `recurrence_backward` and `sort_rows`: schemas, shapes, autograd.
+"""The operators `festina::recurrence`, its train and backward forms, and `sort_rows`: schemas, shapes, autograd.
 
 One operator call is one layer over time, every direction. `recurrence` is what callers use; under autograd it becomes
 `recurrence_train`, whose outputs and saved tensors `recurrence_backward` turns into gradients. The backend is chosen when
@@ -135,10 +135,14 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: Arguments, states: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`options` are the arguments before the tensors; `tensors` are input, `states` states, and the parameters."""
-        backend = _parse(_joined(options, states, tensors))[0].name
-        options = (backend, *options[1:])
-        with torch._C._AutoDispatchBelowAutograd():
-            output, state_n, saved = torch.ops.festina.recurrence_train(*_joined(options, states, tensors))
+        backend, call = _parse(_joined(options, states, tensors))
+        options = (backend.name, *options[1:])
+        if _is_watched(tensors):
+            with torch._C._AutoDispatchBelowAutograd():
+                output, state_n, saved = torch.ops.festina.recurrence_train(*_joined(options, states, tensors))
+        else:
+            outputs, saved = backend.forward_train(call)
+            output, state_n = _listed(outputs)
         ctx.options, ctx.states = options, states
         ctx.save_for_backward(*tensors, output, *state_n, *saved)
         ctx.set_materialize_grads(False)
@@ -147,24 +151,72 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted: list[bool] = list(ctx.needs_input_grad[2:])
-        tensors, kept = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        all_saved = ctx.saved_tensors  # read once: activation checkpointing hands it out no second time
+        tensors, kept = all_saved[: len(wanted)], all_saved[len(wanted) :]
         args = _joined(ctx.options, ctx.states, tensors)
+        backend, call = _parse(args)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # create_graph=True: the reference can be differentiated again, kernels cannot
-            call = _parse(args)[1]
             # Views, so that a gradient stops at its own tensor where one input was computed from another.
             call = call.with_tensors([tensor.view_as(tensor) for tensor in call.tensors()])
             found = gradients(call, d_outputs, wanted, create_graph=True)
         else:
             output, state_n, saved = kept[0], list(kept[1 : 1 + ctx.states]), list(kept[1 + ctx.states :])
-            d_output, d_h_n, d_c_n = (*d_outputs, None)[:3]
-            found = torch.ops.festina.recurrence_backward(*args, output, state_n, saved, d_output, d_h_n, d_c_n, wanted)
+            d_output, d_h_n, d_c_n = d_all = (*d_outputs, None)[:3]
+            if _is_watched((*all_saved, *(d for d in d_outputs if d is not None))):
+                found = torch.ops.festina.recurrence_backward(
+                    *args, output, state_n, saved, d_output, d_h_n, d_c_n, wanted
+                )
+            else:
+                outputs = (output, state_n[0], state_n[1] if len(state_n) > 1 else None)
+                found = backend.backward(call, outputs, saved, d_all, wanted)
         return (None, None, *(gradient if want else None for gradient, want in zip(found, wanted, strict=True)))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        raise NotImplementedError(
+            "forward-mode differentiation (torch.autograd.forward_ad) does not go through festina's operators; "
+            "torch.func.jvp and torch.func.jacfwd do"
+        )
 
 
 def _joined(options: Arguments, states: int, tensors: Sequence[Tensor]) -> Arguments:
     """The arguments of an operator from its options and the one row of tensors that autograd sees."""
     return (*options, tensors[0], list(tensors[1 : 1 + states]), list(tensors[1 + states :]))
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def _is_watched(tensors: Sequence[Tensor]) -> bool:
+    """Somebody has to see an operator: a compiler, a mode, a transform, the tracer, the profiler, another class of tensor;
+    or shapes are all that is asked for.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or tensors[0].is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, tensors))
+    )
+
+
+def run(call: Call) -> backends.Outputs:
+    """Carry out a call: by the operator where somebody watches, else without the dispatcher, which costs more than a cell.
+
+    Raises:
+        festina.backends.BackendError: a backend was forced that cannot run this call.
+    """
+    tensors = call.tensors()
+    if _is_watched(tensors):
+        output, state = torch.ops.festina.recurrence(*arguments(call))
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        output, state = _recurrence_autograd(*arguments(call))
+    else:
+        return backends.get(backends.select(backends.Case.of(call), backends.forced())).forward(call)
+    return output, state[0], state[1] if len(state) > 1 else None
 
 
 def _recurrence_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:

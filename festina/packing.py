@@ -16,13 +16,14 @@ from torch.nn.utils.rnn import PackedSequence
 Lengths = Tensor | Sequence[int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Packing:
     """How the rows and steps of a batch were packed; `pack` makes it.
 
     Args:
         T, B: steps and rows of the batch.
-        batch_sizes: `[T']` int64 on the CPU, rows running at each step; None where all run to the end.
+        batch_sizes: `[T']` int64 on the CPU, rows running at each step; None where all run to the end. Inside an ONNX export
+            `[T, B]` bool, which rows run: there nothing is packed (`festina.onnx`).
         resets: `[D, N]` bool, what `festina.reference.Call` takes, or None.
         order: `[B]`, which row of the batch each packed row is; None where rows kept their places.
         index: `[N]`, where in the flattened batch each packed step comes from; None where nothing moved.
@@ -214,6 +215,11 @@ def pack(
         resets = resets.view(shape).t() if batch_first else resets.view(shape)
 
     is_compiling = torch.compiler.is_compiling()
+    if lengths is not None and is_compiling and torch.onnx.is_in_onnx_export():
+        runs = torch.arange(T).unsqueeze(1) < lengths
+        flat = None if resets is None else _directed(resets, lengths, directions).flatten(1)
+        packing = Packing(T, B, runs, flat, None, None, input, batch_first)
+        return packing.pack(batched), packing
     if lengths is None or not (is_compiling or bool((lengths != T).any())):
         flat = None if resets is None else _directed(resets, None, directions).flatten(1)
         packing = Packing(T, B, None, flat, None, None, input, batch_first)

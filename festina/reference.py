@@ -127,6 +127,13 @@ def gru_joint_step(pre: PreActivations, state: State) -> Tensor:
     return z * n + (1 - z) * state[0]
 
 
+def gru_early_step(pre: PreActivations, state: State) -> Tensor:
+    """pre: [B, 3, H] from x and from h, or their one normalised sum, order r z n, with r already in n; state: (h [B, H],)."""
+    _, z, n = total(pre).unbind(1)
+    z = torch.sigmoid(z)
+    return z * state[0] + (1 - z) * torch.tanh(n)
+
+
 def indrnn_step(activation: Callable[[Tensor], Tensor], pre: PreActivations, state: State) -> Tensor:
     """pre: [B, 1, H] from x, and u ⊙ h; state: (h [B, H],)."""
     x, h = pre
@@ -136,6 +143,7 @@ def indrnn_step(activation: Callable[[Tensor], Tensor], pre: PreActivations, sta
 STEPS: dict[str, Callable[[PreActivations, State], Tensor]] = {
     "gru": gru_step,
     "gru_joint": gru_joint_step,
+    "gru_early": gru_early_step,
     "indrnn": partial(indrnn_step, torch.tanh),
     "indrnn_relu": partial(indrnn_step, torch.relu),
 }
@@ -170,27 +178,47 @@ def norm_c(c: Tensor, plan: NormPlan, p: dict[str, Tensor]) -> Tensor:
     return normalize(c.unsqueeze(-2), whole, p["gain_c"], p.get("bias_c")).squeeze(-2)
 
 
+def recur(layer: LayerSpec, h: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """What h contributes to a step: [B, P] to [B, G, H], not yet normalised."""
+    product = h * p["weight_hh"] if layer.cell.diagonal else F.linear(h, p["weight_hh"], p.get("bias_inner_hh"))
+    return product.view(len(h), len(layer.cell.gates), -1)
+
+
+def meet(layer: LayerSpec, x: Tensor, product: Tensor, p: dict[str, Tensor]) -> PreActivations:
+    """x's part of `project` and h's product, normalised and shifted: a pair, or their one sum where the norm is joint."""
+    plan = layer.plan
+    if plan.placement == "joint":
+        return (normalize(x + product, plan, p["gain_joint"], p.get("bias_joint")),)
+    if "gain_hh" in p:
+        return x, normalize(product, plan, p["gain_hh"], p.get("bias_hh"))
+    if "bias_hh" in p:
+        return x, wide(product) + p["bias_hh"].view(product.shape[1:])
+    return x, wide(product)
+
+
+def reset_early(layer: LayerSpec, pre: PreActivations, product: Tensor, h: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """h's product with the reset gate in its last block, the candidate's; the gate is that of `pre`, order r z n."""
+    r = torch.sigmoid(total(pre)[:, 0])
+    again = recur(layer, (r * h).to(h.dtype), p) if layer.plan.reset == "state" else r.unsqueeze(1) * product
+    return torch.cat([wide(product)[:, :-1], wide(again)[:, -1:]], 1)
+
+
 def step(layer: LayerSpec, x: Tensor, state: State, p: dict[str, Tensor]) -> State:
     """One step of one direction: x [B, G, H], this step's part of `project`; to (h [B, P], [c]) before Zoneout."""
-    plan, gates = layer.plan, len(layer.cell.gates)
-    h = state[0]
-    product = h * p["weight_hh"] if layer.cell.diagonal else F.linear(h, p["weight_hh"])
-    product = product.view(x.shape)
-    pre: PreActivations
-    if plan.placement == "joint":
-        pre = (normalize(x + product, plan, p["gain_joint"], p.get("bias_joint")),)
-    elif "gain_hh" in p:
-        pre = (x, normalize(product, plan, p["gain_hh"], p.get("bias_hh")))
-    elif "bias_hh" in p:
-        pre = (x, wide(product) + p["bias_hh"].view(gates, -1))
-    else:
-        pre = (x, wide(product))
+    plan, h = layer.plan, state[0]
+    product = recur(layer, h, p)
+    pre = meet(layer, x, product, p)
+    if plan.reset != "normed":
+        pre = meet(layer, x, reset_early(layer, pre, product, h, p), p)
 
     if "c" in layer.cell.states:
         update, emit = HALVES[layer.step]
         c = update(pre, state)
-        seen = c if plan.cell == "none" else norm_c(c, plan, p)
-        new: State = (emit(pre, seen).to(h.dtype), seen if plan.cell == "carried" else c)
+        if plan.cell == "carried":
+            c = norm_c(c, plan, p)
+        if plan.clip is not None:
+            c = c.clamp(-plan.clip, plan.clip)
+        new: State = (emit(pre, norm_c(c, plan, p) if plan.cell == "readout" else c).to(h.dtype), c)
     else:
         new = (STEPS[layer.step](pre, state).to(h.dtype),)
     return (F.linear(new[0], p["weight_hr"]), *new[1:]) if layer.projected else new
@@ -213,6 +241,22 @@ def zoneout(old: Tensor, new: Tensor, mask: Tensor | None, rate: float) -> Tenso
     return rate * old + (1 - rate) * new if rate else new
 
 
+def advance(
+    layer: LayerSpec,
+    x: Tensor,
+    state: State,
+    p: dict[str, Tensor],
+    resets: Tensor | None,
+    masks: Sequence[Tensor | None],
+    rates: Sequence[float],
+) -> State:
+    """`step`, a reset before it and Zoneout after it. resets [B] bool; masks [B, P], [B, H] and rates of h and c."""
+    if resets is not None:
+        state = tuple(torch.where(resets.unsqueeze(1), torch.zeros_like(s), s) for s in state)
+    new = step(layer, x, state, p)
+    return tuple(zoneout(was, now, mask, rate) for was, now, mask, rate in zip(state, new, masks, rates))
+
+
 def unroll(call: Call, d: int) -> tuple[Tensor, State]:
     """Direction `d` of a call: output [N, P], and every row's own last state.
 
@@ -232,13 +276,9 @@ def unroll(call: Call, d: int) -> tuple[Tensor, State]:
     for t in range(len(sizes)) if d == 0 else reversed(range(len(sizes))):
         rows, here = sizes[t], slice(starts[t], starts[t + 1])
         old = tuple(s[:rows] for s in state)
-        if call.resets is not None:
-            old = tuple(torch.where(call.resets[d, here, None], torch.zeros_like(s), s) for s in old)
-        new = step(call.layer, x[here], old, p)
-        new = tuple(
-            zoneout(was, now, None if mask is None else mask[d, here], rate)
-            for was, now, mask, rate in zip(old, new, masks, rates)
-        )
+        resets = None if call.resets is None else call.resets[d, here]
+        kept = [None if mask is None else mask[d, here] for mask in masks]
+        new = advance(call.layer, x[here], old, p, resets, kept, rates)
         outputs[t] = new[0]
         state = tuple(torch.cat([now, s[rows:]]) for now, s in zip(new, state, strict=True))
     output = torch.cat(outputs) if outputs else call.input.new_zeros(0, call.h_0.shape[2])

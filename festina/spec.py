@@ -10,8 +10,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
-from festina.norms import NONE, NormPlan
+from festina.norms import NONE, PLANS, NormPlan
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class CellSpec:
         steps: the placements this cell admits, each with the name of the step function that serves it. A step sees two
             pre-activations (from x and from h), or the one normalised sum where the placement is `joint`.
         groups: the `NormPlan.groups` this cell admits.
+        early_step: the step that follows a reset gate which has already acted (`NormPlan.reset` other than `normed`);
+            None for a cell without one.
         diagonal: the recurrent weight is a vector, `u ⊙ h`: no recurrent bias, no recurrent norm.
         projects: the cell can project h (`proj_size`).
     """
@@ -34,6 +37,7 @@ class CellSpec:
     states: tuple[str, ...]
     steps: Mapping[str, str]
     groups: tuple[str, ...] = ("all", "gate")
+    early_step: str | None = None
     diagonal: bool = False
     projects: bool = False
 
@@ -50,7 +54,7 @@ class CellSpec:
         return slice(start, start + hidden_size)
 
     def fit(self, plan: NormPlan) -> NormPlan:
-        """The plan as this cell carries it out; a cell without c has no norm on c.
+        """The plan as this cell carries it out: without what acts on c, on a reset gate or on h's product where there is none.
 
         Raises:
             TypeError: `plan` is no plan.
@@ -70,7 +74,28 @@ class CellSpec:
                 f"the norm plan {plan} does not fit the {self.name} cell: groups must be one of "
                 f"{', '.join(map(repr, self.groups))}, got {plan.groups!r}"
             )
-        return plan if "c" in self.states else replace(plan, cell="none")
+        without: dict[str, Any] = {}
+        if "c" not in self.states:
+            without |= {"cell": "none", "clip": None}
+        if self.diagonal:
+            without |= {"inner_bias_hh": False}
+        if self.early_step is None:
+            without |= {"reset": "normed"}
+        loses = any(getattr(plan, name) != value for name, value in without.items())
+        return replace(plan, **without) if loses else plan
+
+    def admits(self, plan: NormPlan) -> bool:
+        """Whether `fit` takes the plan."""
+        return plan.placement in self.steps and plan.groups in self.groups
+
+    def named(self, plan: NormPlan) -> NormPlan:
+        """`plan`, which `fit` gave, under the first name of `norms.PLANS` that means the same for this cell.
+
+        >>> GRU.named(GRU.fit(PLANS["FASTRNNS"]))
+        norms.HASTE
+        """
+        known = (p for p in PLANS.values() if self.admits(p) and self.fit(p) == plan)
+        return next((replace(plan, name=p.name) for p in known), plan)
 
 
 LSTM = CellSpec(
@@ -86,6 +111,7 @@ GRU = CellSpec(
     states=("h",),
     steps={"none": "gru", "separate": "gru", "joint": "gru_joint"},
     groups=("all", "gate", "gates|candidate"),
+    early_step="gru_early",
 )
 INDRNN = CellSpec(
     "indrnn",
@@ -154,6 +180,7 @@ class LayerSpec:
             ("gain_joint", (G * H,), joint),
             ("bias_joint", (G * H,), joint and self.bias),
             ("bias_inner", (G * H,), self.plan.inner_bias and self.bias),
+            ("bias_inner_hh", (G * H,), self.plan.inner_bias_hh and self.bias and matrix),
             ("gain_c", (H,), self.plan.cell != "none"),
             ("bias_c", (H,), self.plan.cell != "none" and self.bias),
         ]
@@ -173,7 +200,19 @@ class LayerSpec:
     @property
     def step(self) -> str:
         """The name of the step function that serves this layer."""
+        if self.plan.reset != "normed" and self.cell.early_step:
+            return self.cell.early_step
         return self.cell.steps[self.plan.placement]
+
+    @property
+    def rare(self) -> str | None:
+        """What this layer needs that only the reference has, as a phrase; a kernel that does not know it must refuse."""
+        phrases = {
+            "the reset gate acts before the norm": self.plan.reset != "normed",
+            "c is clipped": self.plan.clip is not None,
+            "a bias sits inside the recurrent norm": "bias_inner_hh" in self.parameter_names,
+        }
+        return next((phrase for phrase, needed in phrases.items() if needed), None)
 
     @staticmethod
     @cache

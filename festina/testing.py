@@ -164,7 +164,7 @@ class _Draw:
         return (mean + scale * values).to(self.dtype).to(self.device)
 
     def mask(self, rate: float, directions: int, *shape: int) -> Tensor:
-        """True in `rate` of the places of each direction and in one at least: a mask that is never set tests nothing."""
+        """True in `rate` of each direction's places and in one at least: a mask that is never set tests nothing."""
         size = math.prod(shape)
         order = torch.stack([torch.randperm(size, generator=self.generator) for _ in range(directions)])
         return (order < max(1, round(rate * size))).view(directions, *shape).to(self.device)

@@ -36,8 +36,11 @@ def norm_gates(values, plan, gates, gain, shift):
     return normed
 
 
-def pre_activations(cell, plan, p, x, h):
-    """What x and what h bring, G·H numbers each; under a joint norm their one normalised sum, and nothing."""
+def pre_activations(cell, plan, p, x, h, r=None):
+    """What x and what h bring, G·H numbers each; under a joint norm their one normalised sum, and nothing.
+
+    Where the reset gate `r` is known it acts here, on what the candidate's rows get from h, or on h before them.
+    """
     gates = {"lstm": 4, "gru": 3, "indrnn": 1, "indrnn_relu": 1}[cell]
     size = len(p["weight_ih"])
     none = [0.0] * size
@@ -46,14 +49,22 @@ def pre_activations(cell, plan, p, x, h):
     if cell.startswith("indrnn"):
         from_h = [u * v for u, v in zip(p["weight_hh"], h, strict=True)]
     else:
-        from_h = [dot(row, h) for row in p["weight_hh"]]
+        biases = p.get("bias_inner_hh", none)
+        from_h = [dot(row, h) + b for row, b in zip(p["weight_hh"], biases, strict=True)]
+    if r is not None:
+        last = range(size - len(h), size)
+        if plan.reset == "state":
+            kept = [a * b for a, b in zip(r, h, strict=True)]
+            from_h[last.start :] = [dot(p["weight_hh"][k], kept) + biases[k] for k in last]
+        else:
+            from_h[last.start :] = [a * from_h[k] for a, k in zip(r, last, strict=True)]
     if plan.inner_bias:
         from_x = [v + b for v, b in zip(from_x, p.get("bias_inner", none), strict=True)]
 
     b_ih, b_hh = p.get("bias_ih", none), p.get("bias_hh", none)
     if plan.placement == "joint":
         both = [a + b for a, b in zip(from_x, from_h, strict=True)]
-        return norm_gates(both, plan, gates, p["gain"], p.get("bias", none)), none
+        return norm_gates(both, plan, gates, p["gain_joint"], p.get("bias_joint", none)), none
     if plan.placement == "separate":
         from_x = norm_gates(from_x, plan, gates, p["gain_ih"], b_ih)
         if not cell.startswith("indrnn"):
@@ -69,17 +80,26 @@ def lstm(plan, p, x, h, c):
         i, f, g, o = (x[k * H + j] + h[k * H + j] for k in range(4))
         new_c.append(sigmoid(f) * c[j] + sigmoid(i) * tanh(g))
         new_h.append(sigmoid(o))
-    seen = new_c
-    if plan.cell != "none":
-        seen = norm(new_c, plan, p["gain_c"], p.get("bias_c", [0.0] * H))
-    return [o * tanh(v) for o, v in zip(new_h, seen, strict=True)], seen if plan.cell == "carried" else new_c
+
+    def norm_c(values):
+        return norm(values, plan, p["gain_c"], p.get("bias_c", [0.0] * H))
+
+    if plan.cell == "carried":
+        new_c = norm_c(new_c)
+    if plan.clip is not None:
+        new_c = [min(max(v, -plan.clip), plan.clip) for v in new_c]
+    seen = norm_c(new_c) if plan.cell == "readout" else new_c
+    return [o * tanh(v) for o, v in zip(new_h, seen, strict=True)], new_c
 
 
 def gru(plan, x, h, old):
     H = len(old)
     new = []
     for j in range(H):
-        if plan.placement == "joint":
+        if plan.reset != "normed":
+            z = sigmoid(x[H + j] + h[H + j])
+            new.append(z * old[j] + (1 - z) * tanh(x[2 * H + j] + h[2 * H + j]))
+        elif plan.placement == "joint":
             n = tanh(sigmoid(x[j]) * x[2 * H + j])
             update = sigmoid(x[H + j] - 1)
             new.append(update * n + (1 - update) * old[j])
@@ -93,6 +113,9 @@ def gru(plan, x, h, old):
 def step(cell, plan, p, x, h, c):
     """One row, one step: the new h and c, projected, before Zoneout."""
     from_x, from_h = pre_activations(cell, plan, p, x, h)
+    if plan.reset != "normed":
+        r = [sigmoid(a + b) for a, b in zip(from_x[: len(h)], from_h[: len(h)], strict=True)]
+        from_x, from_h = pre_activations(cell, plan, p, x, h, r)
     if cell == "lstm":
         h, c = lstm(plan, p, from_x, from_h, c)
     elif cell == "gru":

@@ -73,9 +73,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def poisoned():
     """New memory holds NaN, so an element that is never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler, for seconds
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 def test_poison_reaches_new_memory(poisoned):

@@ -19,7 +19,7 @@ from festina.cli.demo.training import Race, Settings
 from festina.cli.demo.world import World
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--steps", "8", "--hidden", "8", "--batch", "4", "--length", "8", "--threads", "1"]
+TINY = ["--steps", "4", "--hidden", "8", "--batch", "4", "--length", "8", "--threads", "1"]
 MODELS = ("torch.nn.LSTM", "festina.LSTM", "festina.LayerNormLSTM")
 
 
@@ -83,7 +83,7 @@ def test_demo_writes_figures_picture_and_sample(novel, tmp_path, capsys):
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     figures = json.loads((out / "demo.json").read_text())
     assert figures["finished"]
-    assert figures["steps_done"] == 8
+    assert figures["steps_done"] == 4
 
     conditions = figures["conditions"]
     assert conditions["text"]["name"] == "novel.txt"
@@ -91,7 +91,7 @@ def test_demo_writes_figures_picture_and_sample(novel, tmp_path, capsys):
 
     assert tuple(figures["models"]) == MODELS
     for model in figures["models"].values():
-        assert len(model["training"]["bits_per_character"]) == len(model["training"]["seconds"]) == 8
+        assert len(model["training"]["bits_per_character"]) == len(model["training"]["seconds"]) == 4
         quarters = model["validation"]["at_percent"]
         assert list(quarters) == ["25", "50", "75", "100"]
         assert quarters["100"] < quarters["25"], "it learns"
@@ -106,15 +106,15 @@ def test_demo_writes_figures_picture_and_sample(novel, tmp_path, capsys):
 
 
 def test_demo_shows_that_the_plain_layer_is_torch_s(novel):
-    race = make_race(novel, steps=8)
-    for _ in range(8):
+    race = make_race(novel, steps=4)
+    for _ in range(4):
         race.round()
     plain, ours, normed = (racer.record.validation_bits for racer in race.racers)
     assert ours == pytest.approx(plain, abs=1e-5)
     assert normed != pytest.approx(plain, abs=1e-3)
 
 
-def make_race(path: Path, *, layers: int = 1, models: tuple[str, ...] = MODELS, **settings: int) -> Race:
+def make_race(path: Path, *, layers: int = 1, models: tuple[str, ...] = MODELS, **settings: float) -> Race:
     full = {"hidden": 8, "batch": 4, "length": 8, "lr": 5e-3, "seed": 0, **settings}
     return Race(Settings(models=models, layers=layers, **full), text.from_file(path), torch.device("cpu"), World())
 
@@ -164,7 +164,7 @@ def test_checkpoint_of_another_run_is_refused(novel, tmp_path):
 
 def test_ctrl_c_saves_what_there_is(novel, tmp_path):
     args = ["--text", str(novel), "--checkpoint", str(tmp_path / "run.pt"), "--out", str(tmp_path), *TINY]
-    with start("demo", *args, "--steps", "2000") as process:
+    with start("demo", *args, "--steps", "2000", "--models", "torch.nn.LSTM") as process:
         for line in process.stdout:
             if line.startswith("step "):  # the first validation is done
                 process.send_signal(signal.SIGINT)
@@ -199,7 +199,7 @@ def test_two_processes_give_the_result_of_one(novel, tmp_path):
         assert got == pytest.approx(want, abs=1e-4)
 
     # One process can go on with what two have begun: the checkpoint holds the state of all rows.
-    race = make_race(novel, steps=8)
+    race = make_race(novel, steps=4, lr=1e-2)
     race.load(tmp_path / "two.pt")
     assert all(part.shape[1] == 4 for racer in race.racers for part in racer.state)
 

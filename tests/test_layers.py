@@ -17,7 +17,7 @@ import festina
 from festina import norms
 
 T, B, I, H = 6, 4, 3, 5
-F64 = {"dtype": torch.float64}
+F64: dict[str, Any] = {"dtype": torch.float64}
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,9 @@ def test_forget_bias() -> None:
     def forget(**options: Any) -> Tensor:
         torch.manual_seed(2)
         layer = options.pop("layer", festina.LSTM)(I, H, **options)
-        return dict(layer.named_parameters()).get("bias_ih_l0", getattr(layer, "bias_joint_l0", None)).detach()[H : 2 * H]
+        return (
+            dict(layer.named_parameters()).get("bias_ih_l0", getattr(layer, "bias_joint_l0", None)).detach()[H : 2 * H]
+        )
 
     assert_same(forget(forget_bias=2.0), forget() + 2.0, 1e-6, 1e-6)
     assert_same(forget(layer=festina.LayerNormLSTM, forget_bias=0.0), torch.zeros(H))
@@ -116,9 +118,11 @@ def test_repr() -> None:
     )
     assert repr(festina.GRU(I, H)) == "GRU(3, 5)"
     assert repr(festina.IndRNN(I, H, nonlinearity="relu")) == "IndRNN(3, 5, nonlinearity=relu)"
-    assert repr(layer.cell(1)).startswith("LayerNormLSTMCell(4, 5, proj_size=2, bias=False, norm=norms.FASTRNNS, zoneout=")
+    assert repr(layer.cell(1)).startswith(
+        "LayerNormLSTMCell(4, 5, proj_size=2, bias=False, norm=norms.FASTRNNS, zoneout="
+    )
     assert repr(festina.LSTMCell(I, H, norm=norms.TFA.with_eps(0.5))).startswith(
-        "LSTMCell(3, 5, norm=NormPlan(placement='separate', groups='all', cell='carried', kind='layer', eps=0.5"
+        "LSTMCell(3, 5, norm=NormPlan(placement='separate', cell='carried', eps=0.5)"
     )
 
 
@@ -148,7 +152,7 @@ def test_copies_and_files(variant: str, cell: bool) -> None:
 
 def test_flatten_parameters_does_nothing() -> None:
     layer = festina.LSTM(I, H)
-    assert layer.flatten_parameters() is None
+    layer.flatten_parameters()
     assert layer._apply(lambda t: t) is layer
 
 
@@ -156,7 +160,8 @@ def test_flatten_parameters_does_nothing() -> None:
 def test_state_dict_keys(norm: str) -> None:
     """A plan is one key; there is none for a plain layer, whose keys are torch.nn's."""
     plan = norms.PLANS[norm]
-    module = (festina.GRU if plan.groups == "gates|candidate" else festina.LSTM)(I, H, norm=plan)
+    is_of_gru = plan.groups == "gates|candidate" or plan.reset != "normed"
+    module = (festina.GRU if is_of_gru else festina.LSTM)(I, H, norm=plan)
     keys, names = list(module.state_dict()), [name for name, _ in module.named_parameters()]
     assert keys == names + ["_extra_state"] * (norm != "NONE")
     assert len(set(names)) == len(names)
@@ -186,7 +191,11 @@ def test_devices_and_types() -> None:
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_cell_shares_parameters_and_gives_the_numbers_of_its_layer(variant: str, reverse: bool) -> None:
     """Layer 1, in eval mode with every rate set."""
-    rates = {"zoneout": 0.1, "dropconnect": 0.3, **({"zoneout_cell": 0.2, "proj_size": 2} if has_c(variant) else {})}
+    rates: dict[str, Any] = {
+        "zoneout": 0.1,
+        "dropconnect": 0.3,
+        **({"zoneout_cell": 0.2, "proj_size": 2} if has_c(variant) else {}),
+    }
     layer = make(variant, I, H, 2, bidirectional=True, **rates, **F64).eval()
     x, hx = torch.randn(T, B, I, **F64), random_state(layer, 4, B)
     output, state_n = layer(x, hx)
@@ -263,7 +272,7 @@ def test_dropout_acts_between_layers_in_training_only() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_random_masks_follow_the_seed_and_end_with_training(variant: str) -> None:
-    rates = {"zoneout": 0.3, "dropconnect": 0.3, **({"zoneout_cell": 0.3} if has_c(variant) else {})}
+    rates: dict[str, Any] = {"zoneout": 0.3, "dropconnect": 0.3, **({"zoneout_cell": 0.3} if has_c(variant) else {})}
     layer = make(variant, I, H, 2, dropout=0.3, **rates, **F64)
     x = torch.randn(T, B, I, **F64)
 
@@ -358,7 +367,7 @@ def test_nothing_to_do(variant: str, case: str, batch_first: bool) -> None:
     """Forward and backward with the right shapes; the state stays what it was and so is its gradient."""
     steps, rows = 0 if "T=" in case else T, 0 if "B=" in case else B
     P = 2 if has_c(variant) else H
-    proj = {"proj_size": P} if has_c(variant) else {}
+    proj: dict[str, Any] = {"proj_size": P} if has_c(variant) else {}
     layer = make(variant, I, H, 2, batch_first=batch_first, bidirectional=True, zoneout=0.5, **proj, **F64)
     x = torch.randn(*((rows, steps) if batch_first else (steps, rows)), I, requires_grad=True, **F64)
     hx = random_state(layer, 4, rows)

@@ -43,7 +43,9 @@ CLASSES: list[tuple[type[nn.Module], Any, dict[str, Any]]] = [
     (nn.GRUCell, festina.IndRNNCell, {}),
 ]
 every_class = pytest.mark.parametrize(
-    ("theirs", "ours", "options"), CLASSES, ids=[f"{o.__name__}{'-' * bool(k)}{k.get('norm', '')}" for _, o, k in CLASSES]
+    ("theirs", "ours", "options"),
+    CLASSES,
+    ids=[f"{o.__name__}{'-' * bool(k)}{k.get('norm', '')}" for _, o, k in CLASSES],
 )
 
 
@@ -110,7 +112,7 @@ def test_factory_kwargs(theirs: Any, ours: Any, options: dict[str, Any]) -> None
 
 @every_class
 def test_repr_pickle_and_copies(theirs: Any, ours: Any, options: dict[str, Any]) -> None:
-    for sample in samples(theirs):
+    for sample in samples(theirs)[-4:]:
         module = build(sample, ours, options)
         output = call(module, sample)
         file = io.BytesIO()
@@ -133,7 +135,7 @@ def test_non_contiguous_tensors(theirs: Any, ours: Any, options: dict[str, Any])
         assert not view.is_contiguous() or view.numel() < 2
         return view.requires_grad_(tensor.requires_grad)
 
-    for sample in samples(theirs, requires_grad=True):
+    for sample in samples(theirs, requires_grad=True)[-4:]:
         module = build(sample, ours, options)
         args = sample.forward_input.args
         other_args = mapped(args, scattered)
@@ -192,10 +194,10 @@ def test_train_and_eval_modes_differ_only_with_a_rate(theirs: Any, ours: Any, op
 @every_class
 def test_to(theirs: Any, ours: Any, options: dict[str, Any]) -> None:
     """`.to(dtype)` and `.to(meta)`, `.to_empty`, with the parameters' identity and gradients as torch has them."""
-    for sample in samples(theirs, requires_grad=True)[:4]:
+    for sample in samples(theirs, requires_grad=True)[:2]:
         module = build(sample, ours, options)
         output = call(module, sample)
-        sum(t.sum() for t in tensors(output)).backward()
+        torch.autograd.backward([t.sum() for t in tensors(output)])
         before = list(module.parameters())
         module.to(torch.float32)
         assert [id(p) for p in module.parameters()] == [id(p) for p in before]

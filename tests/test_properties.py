@@ -17,7 +17,7 @@ from festina import NormPlan, functional
 
 # The same examples at every run; shrinking is left out, since a failing case is small as it is.
 some = settings(
-    max_examples=3,
+    max_examples=2,
     derandomize=True,
     database=None,
     deadline=None,
@@ -227,7 +227,7 @@ def test_the_cell_step_by_step_is_the_layer(variant: str, seed: int) -> None:
     assert_same(map_state(here, lambda s: s.unsqueeze(0)), state)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if "-" in v and "joint" not in v and v != "indrnn-relu"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "-" in v and v != "indrnn-relu"])
 @some
 @given(seed=seeds, factor=st.floats(0.1, 100.0))
 def test_a_positive_factor_vanishes_under_its_norm(variant: str, seed: int, factor: float) -> None:
@@ -289,7 +289,15 @@ def test_the_reverse_direction_is_the_forward_one_on_reversed_input(variant: str
 @given(seed=seeds)
 def test_masks_given_are_masks_drawn(variant: str, seed: int) -> None:
     """functional.layer with explicit masks: True keeps the old value, False takes the new, step by step."""
-    d = Drawn(variant, seed, num_layers=1, bidirectional=False, zoneout=0.0, proj_size=0, **({"zoneout_cell": 0.0} if has_c(variant) else {}))
+    d = Drawn(
+        variant,
+        seed,
+        num_layers=1,
+        bidirectional=False,
+        zoneout=0.0,
+        proj_size=0,
+        **({"zoneout_cell": 0.0} if has_c(variant) else {}),
+    )
     H = d.layer.hidden_size
     masks = {"zoneout_mask": torch.rand(1, d.T, d.B, H) < 0.5}
     if has_c(variant):

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +29,7 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and is unknown or cannot run the case."""
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """What a backend is chosen by: everything that is known before a number is seen."""
 
     layer: LayerSpec

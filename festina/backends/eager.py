@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -38,9 +39,18 @@ class Eager:
         d_outputs: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> list[Tensor | None]:
-        with torch.enable_grad(), torch.autocast(call.input.device.type, enabled=False):
+        with _autograd(), torch.autocast(call.input.device.type, enabled=False):
             leaves = [tensor.detach().requires_grad_(want) for tensor, want in zip(call.tensors(), wanted, strict=True)]
             return gradients(call.with_tensors(leaves), d_outputs, wanted, create_graph=False)
+
+
+@contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd as at the top: graphs made by AOT dispatch call operators below it, where nothing is recorded."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    exclude = exclude.remove(torch._C.DispatchKey.AutogradFunctionality).remove(torch._C.DispatchKey.ADInplaceOrView)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield
 
 
 def gradients(

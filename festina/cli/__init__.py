@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 from festina import __version__
 
-COMMANDS = ("info", "demo", "bench")
+COMMANDS = ("info", "demo", "bench", "convert")
 """The subcommands, as modules of this package. A new one is a word here and a module that is a `Command`."""
 
 

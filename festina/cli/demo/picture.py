@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from festina.cli.demo.model import LAYERS
 from festina.cli.demo.report import crossings
 from festina.cli.demo.training import Race
 
@@ -33,7 +34,8 @@ def draw(race: Race, path: Path) -> None:
     ):
         figure = Figure(figsize=(10, 4.4), dpi=160, layout="constrained")
         by_step, by_time = figure.subplots(1, 2, sharey=True)
-        for racer, style in zip(race.racers, STYLES):
+        for racer in race.racers:
+            style = STYLES[list(LAYERS).index(racer.name)]  # a model looks the same in every picture
             clock = [0.0, *accumulate(racer.record.step_seconds)]
             steps, bits = racer.record.validation_steps, racer.record.validation_bits
             by_step.plot(steps, bits, label=racer.name, solid_capstyle="round", **style)

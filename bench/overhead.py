@@ -1,0 +1,108 @@
+"""What a call costs before any arithmetic: T = 1, B = 1, H = 8, beside torch.nn.LSTM and LSTMCell.
+
+    python bench/overhead.py                 with the backend that runs here
+    python bench/overhead.py --backend null  with one that computes nothing: what is left is Festina's own Python
+
+µs of CPU time of the calling thread, the median of rounds in which everybody takes a turn: other programs on the machine
+count less so. One thread, float32; backward is torch.autograd.grad of the output with respect to all parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+import festina
+from festina import backends
+from festina.reference import Call
+
+H, REPEATS = 8, 100
+
+
+class Null:
+    """A backend that computes nothing: the least that any could do."""
+
+    name = "null"
+
+    def can_run(self, case: backends.Case) -> str | None:
+        return None
+
+    def forward(self, call: Call) -> backends.Outputs:
+        D, _, P = call.h_0.shape
+        c_n = None if call.c_0 is None else torch.empty_like(call.c_0)
+        return call.input.new_empty(call.input.shape[0], D * P), torch.empty_like(call.h_0), c_n
+
+    def forward_train(self, call: Call) -> tuple[backends.Outputs, list[Tensor]]:
+        return self.forward(call), []
+
+    def saved_like(self, call: Call) -> list[Tensor]:
+        return []
+
+    def backward(
+        self,
+        call: Call,
+        outputs: backends.Outputs,
+        saved: Sequence[Tensor],
+        d_outputs: Sequence[Tensor | None],
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        return [torch.empty_like(tensor) if want else None for tensor, want in zip(call.tensors(), wanted)]
+
+
+def forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    def work() -> None:
+        with torch.inference_mode():
+            module(x)
+
+    return work
+
+
+def forward_backward(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    parameters = list(module.parameters())
+    cotangent = torch.ones_like(module(x)[0])
+    return lambda: torch.autograd.grad(module(x)[0], parameters, cotangent)
+
+
+def race(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """µs a call."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 3):
+        for name, work in works.items():
+            start = time.thread_time()
+            for _ in range(REPEATS):
+                work()
+            if turn >= 3:
+                times[name].append((time.thread_time() - start) / REPEATS * 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", help="force this one (default: the best that can run)")
+    parser.add_argument("--rounds", type=int, default=51)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    backends.registry()["null"] = Null()
+    modules: list[tuple[nn.Module, Tensor]] = [
+        *((kind(H, H), torch.randn(1, 1, H)) for kind in (nn.LSTM, festina.LSTM, festina.LayerNormLSTM)),
+        *((kind(H, H), torch.randn(1, H)) for kind in (nn.LSTMCell, festina.LSTMCell, festina.LayerNormLSTMCell)),
+    ]
+    with backends.use(args.backend) if args.backend else nullcontext():
+        found = [
+            race({f"{type(m).__module__.split('.')[0]}.{type(m).__name__}": run(m, x) for m, x in modules}, args.rounds)
+            for run in (forward, forward_backward)
+        ]
+    print(f"torch {torch.__version__}, backend {args.backend or backends.explain(modules[2][0], modules[2][1])}")
+    print(f"{'µs a call':28}{'forward':>10}{'forward+backward':>20}")
+    for name in found[0]:
+        print(f"{name:28}{found[0][name]:10.1f}{found[1][name]:20.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Read a checkpoint of another project, write it as a festina state dict, or the other way round.
+
+    festina convert haste.LayerNormLSTM model.pt layer.safetensors
+    festina convert sheeprl.LayerNormGRUCell model.ckpt layer.pt --prefix world_model.rssm.rnn. --option eps=1e-5
+    festina convert festina.LSTM layer.safetensors model.npz --to haste.LayerNormLSTM
+
+Files are .safetensors, .pt (also .pth, .bin, .ckpt) and .npz. Nothing but tensors is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+from typing import Any
+
+from festina import convert
+from festina.cli import UsageError
+from festina.convert import files
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("format", help=f"what the input is: {', '.join(convert.names())}")
+    parser.add_argument("input", type=Path, help="the file to read")
+    parser.add_argument("output", type=Path, help="the file to write")
+    parser.add_argument("--to", metavar="FORMAT", help="what to write (default: festina's own state dict)")
+    parser.add_argument("--prefix", default="", help="read only the names that begin so, without it")
+    parser.add_argument("--to-prefix", default="", metavar="PREFIX", help="write this before every name")
+    for name, whose in (("--option", "the input's"), ("--to-option", "the output's")):
+        parser.add_argument(
+            name,
+            action="append",
+            default=[],
+            metavar="NAME=VALUE",
+            help=f"an option of {whose} format that the tensors do not tell, such as eps=1e-3; may be given again",
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        layer = convert.load(args.format, files.read(args.input), prefix=args.prefix, **options(args.option))
+        target, own = (args.to, {}) if args.to else convert.own_format(layer)
+        state = convert.dump(target, layer, **{**own, **options(args.to_option)})
+        files.write(args.output, {args.to_prefix + name: tensor for name, tensor in state.items()})
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    print(f"{args.input}: {layer}")
+    print(f"{args.output}: {target}, {len(state)} tensors")
+    return 0
+
+
+def options(texts: list[str]) -> dict[str, Any]:
+    """`NAME=VALUE` by name; a value that is no Python literal is a string.
+
+    Raises:
+        UsageError: there is no `=`.
+
+    >>> options(["eps=1e-3", "order=hx", "reset_after=False"])
+    {'eps': 0.001, 'order': 'hx', 'reset_after': False}
+    """
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"an option must be NAME=VALUE, got {text!r}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            found[name] = value
+    return found

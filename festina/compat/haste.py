@@ -1,0 +1,341 @@
+"""haste_pytorch's six classes: `import festina.compat.haste as haste` is the whole migration.
+
+Signatures, parameter names and shapes, initial values and the order in which random numbers are drawn are haste's. What
+differs: it runs on every device and backend, backward works in eval mode too, and so does double backward.
+
+`LSTM` and `GRU` here are haste's, not `torch.nn`'s: `dropout` is DropConnect on the recurrent kernel, `zoneout` acts on h
+alone, `lengths` leaves the output unmasked. A layer of `festina` proper comes from `convert.load("haste.LSTM", state_dict)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from festina import functional
+from festina.convert import haste as tables
+from festina.convert.engine import Table, assemble, disassemble, specialise
+from festina.packing import Lengths, check_lengths
+from festina.spec import LayerSpec
+
+__all__ = ["GRU", "LSTM", "IndRNN", "LayerNormGRU", "LayerNormIndRNN", "LayerNormLSTM"]
+
+State = Tensor | tuple[Tensor, Tensor]
+
+
+class _Layer(nn.Module):
+    """What the six classes share: parameters as the table of their format lays them out, and the forward pass.
+
+    Raises:
+        ValueError: a rate is not in [0, 1].
+    """
+
+    table: ClassVar[Table]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        batch_first: bool,
+        zoneout: float,
+        return_state_sequence: bool,
+        dropout: float = 0.0,
+        forget_bias: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, rate in (("dropout", dropout), ("zoneout", zoneout)):
+            if rate < 0 or rate > 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be in [0.0, 1.0]")
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.batch_first = batch_first
+        self.zoneout = zoneout
+        self.return_state_sequence = return_state_sequence
+        self.dropout = dropout
+        self.forget_bias = forget_bias
+        self._layouts = self.table.layouts(lambda key: True)
+        assert self.table.plan is not None
+        self._spec = specialise(self.table.cell, self.table.plan, self._layouts.values(), directions=1)
+        self._shapes = self._spec.parameter_shapes(input_size, hidden_size, hidden_size)
+        zeros = {name: torch.zeros(shape) for name, shape in self._shapes.items()}
+        for name, value in self._foreign(zeros).items():
+            self.register_parameter(name, nn.Parameter(value))
+        self.reset_parameters()
+
+    def _foreign(self, ours: dict[str, Tensor]) -> dict[str, Tensor]:
+        """haste's tensors from ours."""
+        parts = disassemble(self._spec, self.table.gates, self._layouts, ours, self._shapes)
+        return {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
+
+    def _ours(self, **changed: Tensor) -> dict[str, Tensor]:
+        """Our parameters from haste's, of which some may be `changed`; autograd follows."""
+        tensors = [(part, changed.get(name, getattr(self, name))) for name, part in self._layouts.items()]
+        return assemble(self._spec, self.table.gates, tensors, self._shapes)
+
+    def reset_parameters(self) -> None:
+        """Kernels gate by gate: Xavier uniform and orthogonal; `recurrent_scale` uniform in ±0.5; gains 1; biases 0, but
+        `forget_bias` for the forget gate.
+        """
+        initial: dict[str, Callable[[Tensor], Tensor]] = {
+            "kernel": nn.init.xavier_uniform_,
+            "recurrent_kernel": nn.init.orthogonal_,
+            "recurrent_scale": lambda scale: nn.init.uniform_(scale, -0.5, 0.5),
+        }
+        gates = self.table.gates
+        with torch.no_grad():
+            for at, gate in enumerate(gates):  # haste's order: gate by gate, the kernel first
+                for name, parameter in self.named_parameters():
+                    if name in initial:
+                        initial[name](parameter.chunk(len(gates), -1)[at])
+                    elif name == "bias":
+                        parameter.chunk(len(gates))[at].fill_(self.forget_bias if gate == "f" else 0.0)
+            for name, parameter in self.named_parameters():
+                if name.startswith("gamma"):
+                    nn.init.ones_(parameter)
+                elif name in ("recurrent_bias", "beta_h"):
+                    nn.init.zeros_(parameter)
+
+    def forward(
+        self, input: Tensor, state: State | None = None, lengths: Lengths | None = None
+    ) -> tuple[Tensor, State]:
+        """Run over a sequence.
+
+        Args:
+            input: `[T, B, I]`, or `[B, T, I]` under batch_first.
+            state: h_0 `[1, B, H]`, for the LSTMs (h_0, c_0); None: zeros.
+            lengths: `[B]`, steps of each row; the state returned is then each row's own, but the output is not masked.
+
+        Returns:
+            output `[T, B, H]`, or `[B, T, H]`, and h_n `[1, B, H]`, for the LSTMs (h_n, c_n). Under return_state_sequence the
+            state after every step, `[1, T, B, H]` or `[1, B, T, H]`, whatever the lengths; an LSTM then goes step by step.
+
+        Raises:
+            ValueError: the state is not of the structure or shape that it should be.
+        """
+        steps = input.transpose(0, 1) if self.batch_first else input
+        T, B = steps.shape[:2]
+        shape = [1, B, self.hidden_size]
+        wanted = (shape, shape) if len(self._spec.cell.states) > 1 else shape
+        if state is None:
+            start: list[Tensor] = [steps.new_zeros(shape) for _ in self._spec.cell.states]
+        else:
+            start = _validated(state, wanted)
+        mask = None
+        if self.zoneout and self.training:  # haste draws what takes the new value, and before DropConnect
+            mask = steps.new_empty(T, B, self.hidden_size).bernoulli_(1.0 - self.zoneout) == 0
+        changed = {}
+        if self.dropout:
+            changed["recurrent_kernel"] = F.dropout(self.get_parameter("recurrent_kernel"), self.dropout, self.training)
+        run = _Run(self._spec, self._ours(**changed), self.zoneout)
+
+        if self.return_state_sequence:
+            output, states = run.with_every_state(steps, start, mask)
+        elif lengths is not None:
+            output, states = run.with_states_at(check_lengths(torch.as_tensor(lengths).cpu(), B), steps, start, mask)
+        else:
+            output, states = run(steps, start, mask)
+        if self.batch_first:
+            output = output.transpose(0, 1)
+            if self.return_state_sequence:
+                states = [s.transpose(1, 2) for s in states]
+        return output, states[0] if len(states) == 1 else (states[0], states[1])
+
+    def extra_repr(self) -> str:
+        options = {"batch_first": False, "dropout": 0.0, "zoneout": 0.0, "return_state_sequence": False}
+        shown = [f"{name}={value}" for name in options if (value := getattr(self, name)) != options[name]]
+        return ", ".join([f"{self.input_size}, {self.hidden_size}", *shown])
+
+
+class _Run:
+    """One forward call of a layer: our parameters and rate, over whatever part of the steps."""
+
+    def __init__(self, spec: LayerSpec, parameters: dict[str, Tensor], zoneout: float) -> None:
+        self.spec, self.parameters, self.zoneout = spec, parameters, zoneout
+
+    def __call__(
+        self, steps: Tensor, start: list[Tensor], mask: Tensor | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Output `[T, B, H]` and final states `[1, B, H]`."""
+        output, last = functional.layer(
+            self.spec.cell.name,
+            steps,
+            self.parameters,
+            (start[0], start[1]) if len(start) > 1 else start[0],
+            norm=self.spec.plan,
+            lengths=lengths,
+            zoneout=self.zoneout,
+            zoneout_mask=None if mask is None else mask.unsqueeze(0),
+        )
+        return cast(Tensor, output), list(last) if isinstance(last, tuple) else [last]
+
+    def with_every_state(self, steps: Tensor, start: list[Tensor], mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Output, and the states after every step `[1, T, B, H]`. h is the output; c is seen only between two calls."""
+        if len(start) == 1:
+            output, _ = self(steps, start, mask)
+            return output, [output.unsqueeze(0)]
+        outputs, cells = [], []
+        for t in range(len(steps)):
+            output, start = self(steps[t : t + 1], start, None if mask is None else mask[t : t + 1])
+            outputs.append(output)
+            cells.append(start[1])
+        output = torch.cat(outputs)
+        return output, [output.unsqueeze(0), torch.stack(cells, 1)]
+
+    def with_states_at(
+        self, lengths: Tensor, steps: Tensor, start: list[Tensor], mask: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Output of all steps, and the states at each row's length.
+
+        The rows run to their lengths first, and then through what lies past them, each from its own last state; in between,
+        every row is turned so that what is left of it begins at step 0.
+        """
+        T = len(steps)
+        t = torch.arange(T).unsqueeze(1)
+
+        def turned(tensor: Tensor, by: Tensor) -> Tensor:
+            at = ((t + by) % max(T, 1)).unsqueeze(2).expand(-1, -1, tensor.shape[2]).to(tensor.device)
+            return tensor.gather(0, at)
+
+        head, states = self(steps, start, mask, lengths)
+        tail, _ = self(turned(steps, lengths), states, None if mask is None else turned(mask, lengths), T - lengths)
+        return head + turned(tail, -lengths), states
+
+
+def _validated(state: State, wanted: list[int] | tuple[list[int], ...]) -> list[Tensor]:
+    """The states one by one.
+
+    Raises:
+        ValueError: the structure, the number of axes or a size is not as `wanted`.
+    """
+    given = list(state) if isinstance(state, (tuple, list)) else [state]
+    shapes = list(wanted) if isinstance(wanted, tuple) else [wanted]
+    if isinstance(state, (tuple, list)) != isinstance(wanted, tuple) or len(given) != len(shapes):
+        raise ValueError(f"RNN state has invalid structure; expected {wanted}")
+    for tensor, shape in zip(given, shapes):
+        if tensor.dim() != len(shape):
+            raise ValueError(f"RNN state dimension mismatch; expected {len(shape)} got {tensor.dim()}")
+        for axis, (got, want) in enumerate(zip(tensor.shape, shape)):
+            if got != want:
+                raise ValueError(f"RNN state size mismatch on dim {axis}; expected {want} got {got}")
+    return given
+
+
+class _Native(_Layer):
+    """haste's exchange of weights with `torch.nn`."""
+
+    def to_native_weights(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
+        """weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0 of the `torch.nn` layer that computes the same.
+
+        haste splits the LSTM's bias in two halves; here bias_ih_l0 has all of it.
+        """
+        ours = self._ours()
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weight_ih, weight_hh, bias_ih, bias_hh = (nn.Parameter(ours[name].detach().clone()) for name in names)
+        return weight_ih, weight_hh, bias_ih, bias_hh
+
+    def from_native_weights(
+        self, weight_ih_l0: Tensor, weight_hh_l0: Tensor, bias_ih_l0: Tensor, bias_hh_l0: Tensor
+    ) -> None:
+        """Take over the weights of a `torch.nn` layer; the parameters are new objects then, as in haste."""
+        ours = {"weight_ih": weight_ih_l0, "weight_hh": weight_hh_l0, "bias_ih": bias_ih_l0, "bias_hh": bias_hh_l0}
+        for name, value in self._foreign({key: tensor.detach() for key, tensor in ours.items()}).items():
+            setattr(self, name, nn.Parameter(value))
+
+
+class _LSTMArguments(_Layer):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        batch_first: bool = False,
+        forget_bias: float = 1.0,
+        dropout: float = 0.0,
+        zoneout: float = 0.0,
+        return_state_sequence: bool = False,
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, batch_first, zoneout, return_state_sequence, dropout, forget_bias=forget_bias
+        )
+
+
+class _GRUArguments(_Layer):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        zoneout: float = 0.0,
+        return_state_sequence: bool = False,
+    ) -> None:
+        super().__init__(input_size, hidden_size, batch_first, zoneout, return_state_sequence, dropout)
+
+
+class _IndRNNArguments(_Layer):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        batch_first: bool = False,
+        zoneout: float = 0.0,
+        return_state_sequence: bool = False,
+    ) -> None:
+        super().__init__(input_size, hidden_size, batch_first, zoneout, return_state_sequence)
+
+
+class LSTM(_LSTMArguments, _Native):
+    """haste_pytorch.LSTM: `kernel [I, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`, gates i g f o.
+
+    >>> y, (h_n, c_n) = LSTM(3, 5, zoneout=0.1, dropout=0.05)(torch.zeros(7, 2, 3))
+    """
+
+    table = tables.lstm()
+
+
+class LayerNormLSTM(_LSTMArguments):
+    """haste_pytorch.LayerNormLSTM: `LSTM`'s parameters, `gamma [2, 4H]`, `gamma_h [H]`, `beta_h [H]`.
+
+    >>> y, (h_n, c_n) = LayerNormLSTM(3, 5, zoneout=0.1, dropout=0.05)(torch.zeros(7, 2, 3))
+    """
+
+    table = tables.layer_norm_lstm()
+
+
+class GRU(_GRUArguments, _Native):
+    """haste_pytorch.GRU: `kernel [I, 3H]`, `recurrent_kernel [H, 3H]`, `bias`, `recurrent_bias [3H]`, gates z r h.
+
+    >>> y, h_n = GRU(3, 5, zoneout=0.1, dropout=0.05)(torch.zeros(7, 2, 3))
+    """
+
+    table = tables.gru()
+
+
+class LayerNormGRU(_GRUArguments):
+    """haste_pytorch.LayerNormGRU: `GRU`'s parameters and `gamma [2, 3H]`.
+
+    >>> y, h_n = LayerNormGRU(3, 5, zoneout=0.1, dropout=0.05)(torch.zeros(7, 2, 3))
+    """
+
+    table = tables.layer_norm_gru()
+
+
+class IndRNN(_IndRNNArguments):
+    """haste_pytorch.IndRNN: `kernel [I, H]`, `recurrent_scale [H]`, `bias [H]`.
+
+    >>> y, h_n = IndRNN(3, 5, zoneout=0.1)(torch.zeros(7, 2, 3))
+    """
+
+    table = tables.indrnn()
+
+
+class LayerNormIndRNN(_IndRNNArguments):
+    """haste_pytorch.LayerNormIndRNN: `IndRNN`'s parameters and `gamma [2, H]`, whose second row nothing reads.
+
+    >>> y, h_n = LayerNormIndRNN(3, 5, zoneout=0.1)(torch.zeros(7, 2, 3))
+    """
+
+    table = tables.layer_norm_indrnn()

@@ -1,0 +1,280 @@
+"""haste_pytorch's own use and its own validation, with only the import changed.
+
+haste's validation (validation/pytorch.py) held its CUDA path against its TorchScript path, and LSTM and GRU against torch.nn.
+Here each backend is held against the reference, at small sizes and, once a type, at haste's: T=250, B=32, I=128, H=256.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from samples import assert_same, listed
+from torch import Tensor, nn
+
+import festina.compat.haste as haste
+from festina import backends, convert
+
+TYPES = {
+    name: getattr(haste, name) for name in ("LSTM", "GRU", "IndRNN", "LayerNormLSTM", "LayerNormGRU", "LayerNormIndRNN")
+}
+NATIVE = {"LSTM": nn.LSTM, "GRU": nn.GRU}
+SMALL, LARGE = (7, 3, 4, 6), (250, 32, 128, 256)
+FAST = [name for name in backends.names() if name != "eager"]
+
+every_type = pytest.mark.parametrize("name", TYPES)
+
+
+def trained(rnn: Any) -> Any:
+    """The layer with its biases and gains away from where they start."""
+    with torch.no_grad():
+        for key, parameter in rnn.named_parameters():
+            if "kernel" not in key:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return rnn
+
+
+def run(rnn: Any, x: Tensor, *args: Any) -> list[Tensor]:
+    """Output, states, and the gradients of x and all parameters, of the sum of the output as in haste's validation."""
+    x = x.clone().requires_grad_()
+    y, state = rnn(x, *args)
+    gradients = torch.autograd.grad(y.sum(), [x, *rnn.parameters()], materialize_grads=True)
+    return [y, *listed(state), *gradients]
+
+
+def assert_near(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert float((a - b).detach().abs().max()) <= tolerance * max(1.0, float(b.detach().abs().max()))
+
+
+def test_readme_example() -> None:
+    norm_lstm_layer = haste.LayerNormLSTM(input_size=128, hidden_size=256, zoneout=0.1, dropout=0.05)
+    x = torch.rand([25, 5, 128])
+    y, state = norm_lstm_layer(x)
+    assert y.shape == (25, 5, 256)
+    assert [s.shape for s in state] == [(1, 5, 256)] * 2
+
+
+def script(name: str, p: dict[str, Tensor], x: Tensor, zoneout: float, mask: Tensor | None) -> Tensor:
+    """haste's layers from their documentation, step by step: what its TorchScript path computes."""
+    h = c = torch.zeros(
+        x.shape[1], p["bias"].shape[0] // {"LSTM": 4, "GRU": 3, "IndRNN": 1}[name.removeprefix("LayerNorm")]
+    )
+
+    def norm(v: Tensor, row: int) -> Tensor:
+        return nn.functional.layer_norm(v, v.shape[-1:], p["gamma"][row]) if "gamma" in p else v
+
+    outputs = []
+    for t, x_t in enumerate(x):
+        v = norm(x_t @ p["kernel"], 0) + p["bias"]
+        old = h
+        if name.endswith("LSTM"):
+            i, g, f, o = (v + norm(h @ p["recurrent_kernel"], 1)).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            seen = nn.functional.layer_norm(c, c.shape[-1:], p["gamma_h"], p["beta_h"]) if "gamma" in p else c
+            h = o.sigmoid() * seen.tanh()
+        elif name.endswith("GRU"):
+            zx, rx, gx = v.chunk(3, 1)
+            zh, rh, gh = (norm(h @ p["recurrent_kernel"], 1) + p["recurrent_bias"]).chunk(3, 1)
+            z = (zx + zh).sigmoid()
+            h = z * h + (1 - z) * (gx + (rx + rh).sigmoid() * gh).tanh()
+        else:
+            h = (v + h * p["recurrent_scale"]).tanh()
+        if zoneout:
+            h = zoneout * old + (1 - zoneout) * h if mask is None else (h - old) * mask[t] + old
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("zoneout", [0.0, 0.5])
+@every_type
+def test_consistency_with_the_script(name: str, zoneout: float, training: bool) -> None:
+    """The same seed gives haste's mask, so a run in training can be compared too."""
+    T, B, I, H = SMALL
+    rnn = trained(TYPES[name](I, H, zoneout=zoneout)).train(training)
+    x = torch.rand(T, B, I)
+    torch.manual_seed(3)
+    mask = torch.empty(T, B, H).bernoulli_(1.0 - zoneout) if training and zoneout else None
+    torch.manual_seed(3)
+    y, _ = rnn(x)
+    torch.testing.assert_close(y, script(name, dict(rnn.named_parameters()), x, zoneout, mask))
+
+
+@pytest.mark.parametrize("zoneout", [0.0, 0.5])
+@pytest.mark.parametrize("backend", FAST)
+@every_type
+def test_self_consistency(name: str, backend: str, zoneout: float) -> None:
+    T, B, I, H = SMALL
+    rnn, x = trained(TYPES[name](I, H, zoneout=zoneout)), torch.rand(T, B, I)
+    if reason := backends.get(backend).can_run(backends.Case(rnn._spec, x.dtype, "cpu")):
+        pytest.skip(f"{backend}: {reason}")
+    found = []
+    for used in (backend, "eager"):
+        torch.manual_seed(0)
+        with backends.use(used):
+            found.append(run(rnn, x))
+    assert_near(*found, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_consistency(name: str) -> None:
+    T, B, I, H = SMALL
+    native, rnn, x = NATIVE[name](I, H), TYPES[name](I, H), torch.rand(T, B, I)
+    rnn.from_native_weights(native.weight_ih_l0, native.weight_hh_l0, native.bias_ih_l0, native.bias_hh_l0)
+    got, want = run(rnn, x), run(native, x)
+    states = 3 if name == "LSTM" else 2
+    assert_near(got[: states + 1], want[: states + 1], tolerance=1e-5)
+    back = rnn.to_native_weights()
+    assert all(isinstance(p, nn.Parameter) for p in back)
+    fresh = NATIVE[name](I, H)
+    fresh.load_state_dict(dict(zip(fresh.state_dict(), back)))
+    assert_near([fresh(x)[0]], [want[0]], tolerance=1e-5)
+
+
+@every_type
+def test_hastes_sizes(name: str) -> None:
+    """Once a type. The reference takes seconds for a backward pass of this size, so gradients are left to faster backends."""
+    T, B, I, H = LARGE
+    rnn, x = TYPES[name](I, H), torch.rand(T, B, I)
+    with torch.no_grad():
+        assert_near([rnn(x)[0]], [script(name, dict(rnn.named_parameters()), x, 0.0, None)], tolerance=1e-4)
+    if backends.select(backends.Case(rnn._spec, x.dtype, "cpu")) != "eager":
+        found = run(rnn, x)
+        with backends.use("eager"):
+            assert_near(found, run(rnn, x), tolerance=1e-4)
+
+
+KERNELS = {"LSTM": 4, "GRU": 3, "IndRNN": 1}
+
+
+@every_type
+def test_parameters_and_their_initial_values(name: str) -> None:
+    I, H = 4, 6
+    G = KERNELS[name.removeprefix("LayerNorm")]
+    p = dict(TYPES[name](I, H).named_parameters())
+    want = {"kernel": (I, G * H), "bias": (G * H,)}
+    want |= {"recurrent_scale": (H,)} if G == 1 else {"recurrent_kernel": (H, G * H)}
+    want |= {"recurrent_bias": (G * H,)} if G == 3 else {}
+    want |= {"gamma": (2, G * H)} if name.startswith("LayerNorm") else {}
+    want |= {"gamma_h": (H,), "beta_h": (H,)} if name == "LayerNormLSTM" else {}
+    assert {key: tuple(value.shape) for key, value in p.items()} == want
+    assert all((p[key] == 1).all() for key in p if key.startswith("gamma"))
+    assert all((p[key] == 0).all() for key in p if key in ("recurrent_bias", "beta_h"))
+    bias = torch.zeros(G, H)
+    if G == 4:
+        bias[2] = 1.0  # gates i g f o, forget_bias 1
+    assert_same(p["bias"].detach().view(G, H), bias)
+    for gate in p.get("recurrent_kernel", torch.eye(H)).chunk(G, 1):
+        torch.testing.assert_close(gate @ gate.t(), torch.eye(H))
+
+
+def test_initial_values_come_in_hastes_order() -> None:
+    torch.manual_seed(5)
+    rnn = haste.GRU(4, 6)
+    torch.manual_seed(5)
+    kernel, recurrent = torch.empty(4, 18), torch.empty(6, 18)
+    for gate in range(3):
+        nn.init.xavier_uniform_(kernel[:, gate * 6 : gate * 6 + 6])
+        nn.init.orthogonal_(recurrent[:, gate * 6 : gate * 6 + 6])
+    assert torch.equal(rnn.kernel, kernel)
+    assert torch.equal(rnn.recurrent_kernel, recurrent)
+
+
+@every_type
+def test_lengths_leave_the_output_unmasked(name: str) -> None:
+    """The output is that of a run without lengths; the state is each row's own."""
+    T, B, I, H = SMALL
+    rnn, x, lengths = trained(TYPES[name](I, H)), torch.rand(T, B, I), torch.tensor([7, 0, 4])
+    y, state = rnn(x, None, lengths)
+    assert_same(y, rnn(x)[0], rtol=1e-5, atol=1e-6)
+    for row, length in enumerate(lengths.tolist()):
+        if length:
+            _, short = rnn(x[:length, row : row + 1])
+            assert_same([s[:, row] for s in listed(state)], [s[:, 0] for s in listed(short)], rtol=1e-5, atol=1e-6)
+        else:
+            assert all((s[:, row] == 0).all() for s in listed(state))
+
+
+def test_lengths_and_zoneout_meet() -> None:
+    """One mask for the whole call: with lengths the output is what it is without."""
+    T, B, I, H = SMALL
+    rnn, x = trained(haste.LayerNormLSTM(I, H, zoneout=0.5)), torch.rand(T, B, I)
+    found = []
+    for lengths in (None, torch.tensor([2, 7, 5])):
+        torch.manual_seed(1)
+        found.append(rnn(x, None, lengths)[0])
+    assert_same(*found, rtol=1e-5, atol=1e-6)
+
+
+@every_type
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_return_state_sequence(name: str, batch_first: bool) -> None:
+    T, B, I, H = SMALL
+    rnn = trained(TYPES[name](I, H, batch_first=batch_first, return_state_sequence=True))
+    x = torch.rand(T, B, I)
+    y, state = rnn(x.transpose(0, 1) if batch_first else x, None, [7, 2, 3])
+    y, states = (y.transpose(0, 1), [s.transpose(1, 2) for s in listed(state)]) if batch_first else (y, listed(state))
+    rnn.return_state_sequence, rnn.batch_first = False, False
+    assert_same(y, rnn(x)[0], rtol=1e-5, atol=1e-6)
+    for t in range(T):
+        _, last = rnn(x[: t + 1])
+        assert_same([s[:, t] for s in states], listed(last), rtol=1e-5, atol=1e-6)
+
+
+@every_type
+def test_backward_in_eval_mode_and_from_a_state(name: str) -> None:
+    T, B, I, H = SMALL
+    rnn = trained(TYPES[name](I, H, zoneout=0.3)).double().eval()
+    x = torch.rand(T, B, I, dtype=torch.float64, requires_grad=True)
+    y, state = rnn(x[:3])
+    z, _ = rnn(x[3:], state)
+    assert_same(torch.cat([y, z]), rnn(x)[0])
+    (gradient,) = torch.autograd.grad(rnn(x)[0].sum(), x)
+    assert gradient.abs().sum() > 0
+
+
+def test_dropout_is_dropconnect() -> None:
+    rnn, x = haste.LSTM(4, 6, dropout=1.0), torch.rand(7, 3, 4)
+    nn.init.zeros_(rnn.recurrent_kernel)
+    assert_same(rnn(x)[0], rnn.eval()(x)[0])
+    nn.init.ones_(rnn.recurrent_kernel)
+    assert (rnn.train()(x)[0] - rnn.eval()(x)[0]).abs().max() > 0.1
+
+
+@every_type
+def test_state_dict_is_hastes_and_loads_by_name(name: str) -> None:
+    T, B, I, H = SMALL
+    rnn, x = trained(TYPES[name](I, H)), torch.rand(T, B, I)
+    layer = convert.load(f"haste.{name}", rnn.state_dict())
+    assert_same(layer(x)[0], rnn(x)[0], rtol=0, atol=0)
+    fresh = TYPES[name](I, H)
+    dumped = convert.dump(f"haste.{name}", layer)
+    fresh.load_state_dict(dumped)
+    assert_same(fresh(x)[0], rnn(x)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: haste.LSTM(3, 5, dropout=1.5), "LSTM: dropout must be in [0.0, 1.0]"),
+        (lambda: haste.LayerNormGRU(3, 5, zoneout=-0.1), "LayerNormGRU: zoneout must be in [0.0, 1.0]"),
+        (
+            lambda: haste.LSTM(3, 5)(torch.zeros(7, 2, 3), torch.zeros(1, 2, 5)),
+            "RNN state has invalid structure; expected ([1, 2, 5], [1, 2, 5])",
+        ),
+        (
+            lambda: haste.GRU(3, 5)(torch.zeros(7, 2, 3), torch.zeros(2, 5)),
+            "RNN state dimension mismatch; expected 3 got 2",
+        ),
+        (
+            lambda: haste.GRU(3, 5)(torch.zeros(7, 2, 3), torch.zeros(1, 4, 5)),
+            "RNN state size mismatch on dim 1; expected 2 got 4",
+        ),
+    ],
+)
+def test_validation_messages(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()

@@ -1,0 +1,154 @@
+"""Files of tensors, and the command that turns one into another."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from samples import assert_same
+from torch import Tensor
+
+import festina
+from festina import cli, convert, norms
+from festina.convert import files
+
+SUFFIXES = [".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz"]
+
+
+@pytest.fixture
+def layer() -> festina.LSTM:
+    torch.manual_seed(0)
+    return festina.LayerNormLSTM(3, 5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_both_ways(tmp_path: Path, layer: festina.LSTM, suffix: str) -> None:
+    path = tmp_path / f"layer{suffix}"
+    state = {**layer.state_dict(), "view": torch.arange(6.0).view(2, 3).t()}
+    files.write(path, state)
+    assert_same(files.read(path), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_command_there_and_back(tmp_path: Path, layer: festina.LSTM, suffix: str, capsys: Any) -> None:
+    theirs, ours, back = (tmp_path / f"{name}{suffix}" for name in ("theirs", "ours", "back"))
+    dumped = convert.dump("haste.LayerNormLSTM", layer)
+    files.write(theirs, {f"encoder.{name}": value for name, value in dumped.items()})
+    assert cli.main(["convert", "haste.LayerNormLSTM", str(theirs), str(ours), "--prefix", "encoder."]) == 0
+    assert "LayerNormLSTM(3, 5, norm=norms.HASTE)" in capsys.readouterr().out
+    layer.load_state_dict(files.read(ours))
+    command = [
+        "convert",
+        "festina.LSTM",
+        str(ours),
+        str(back),
+        "--to",
+        "haste.LayerNormLSTM",
+        "--to-prefix",
+        "encoder.",
+    ]
+    assert cli.main(command) == 0
+    assert_same(files.read(back), files.read(theirs), rtol=0, atol=0)
+
+
+def test_command_with_options(tmp_path: Path) -> None:
+    cell = {
+        "linear.weight": torch.randn(15, 8),
+        "layer_norm.weight": torch.ones(15),
+        "layer_norm.bias": torch.zeros(15),
+    }
+    files.write(tmp_path / "in.npz", cell)
+    command = ["convert", "sheeprl.LayerNormGRUCell", str(tmp_path / "in.npz"), str(tmp_path / "out.pt")]
+    assert cli.main([*command, "--option", "eps=1e-5", "--option", "order=xh"]) == 0
+    loaded = convert.load("festina.GRU", files.read(tmp_path / "out.pt"))
+    assert loaded.norm == norms.DREAMER.with_eps(1e-5)
+    assert_same(loaded.weight_ih_l0[10:].detach(), cell["linear.weight"][5:10, :3])  # its candidate is second
+
+
+def test_relu_indrnn_keeps_its_nonlinearity(tmp_path: Path) -> None:
+    layer = festina.IndRNN(3, 5, nonlinearity="relu")
+    files.write(tmp_path / "in.pt", layer.state_dict())
+    command = ["convert", "festina.IndRNN", str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
+    assert cli.main([*command, "--option", "nonlinearity=relu"]) == 0
+    layer.load_state_dict(files.read(tmp_path / "out.pt"))
+
+
+def test_nested_checkpoints_become_dotted_names(tmp_path: Path) -> None:
+    torch.save({"epoch": 3, "state_dict": {"rnn.weight": torch.ones(2)}}, tmp_path / "a.ckpt")
+    assert list(files.read(tmp_path / "a.ckpt")) == ["state_dict.rnn.weight"]
+
+
+class Trap:
+    """Leaves a file behind if it is ever unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.mark,)
+
+
+def write_torch(path: Path, trap: Trap) -> None:
+    torch.save({"weight": torch.ones(2), "extra": trap}, path)
+
+
+def write_pickle(path: Path, trap: Trap) -> None:
+    path.write_bytes(pickle.dumps(trap, protocol=2))
+
+
+def write_numpy(path: Path, trap: Trap) -> None:
+    np.savez(path, weight=np.array([trap], dtype=object))
+
+
+@pytest.mark.parametrize(("suffix", "write"), [(".pt", write_torch), (".bin", write_pickle), (".npz", write_numpy)])
+def test_nothing_is_ever_unpickled(tmp_path: Path, capsys: Any, suffix: str, write: Any) -> None:
+    path, mark = tmp_path / f"bad{suffix}", tmp_path / "ran"
+    write(path, Trap(mark))
+    assert cli.main(["convert", "haste.GRU", str(path), str(tmp_path / "out.pt")]) == 2
+    assert str(path) in capsys.readouterr().err
+    assert not mark.exists()
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_damaged_files_are_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(b"no tensors here")
+    with pytest.raises(files.FileError, match="bad"):
+        files.read(path)
+
+
+def test_bfloat16_and_npz(tmp_path: Path) -> None:
+    with pytest.raises(files.FileError, match="no bfloat16, which w have"):
+        files.write(tmp_path / "a.npz", {"w": torch.ones(2, dtype=torch.bfloat16)})
+
+
+def test_missing_safetensors_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(files.FileError, match=r"pip install 'festina\[convert\]'"):
+        files.write(tmp_path / "a.safetensors", {})
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["haste.GRU", "none.pt", "out.pt"], "No such file"),
+        (["haste.GRU", "in.onnx", "out.pt"], "in.onnx must end in .safetensors"),
+        (["haste.Gru", "in.pt", "out.pt"], "there is no format 'haste.Gru'"),
+        (["haste.GRU", "in.pt", "out.pt"], "missing: kernel"),
+        (["keras.GRU", "in.pt", "out.pt", "--option", "eps"], "an option must be NAME=VALUE, got 'eps'"),
+        (["keras.GRU", "in.pt", "out.pt", "--option", "eps=1"], "keras.GRU has no option eps"),
+    ],
+)
+def test_command_says_what_is_wrong(tmp_path: Path, monkeypatch: Any, capsys: Any, args: list[str], text: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    tensors: dict[str, Tensor] = {"other": torch.ones(2)}
+    files.write("in.pt", tensors)
+    assert cli.main(["convert", *args]) == 2
+    assert text in capsys.readouterr().err
