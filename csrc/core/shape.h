@@ -52,7 +52,7 @@ struct Traits {
 struct Shape {
   Traits traits;
   long T, B, I, H, P, N, directions, threads;
-  long chunk_size, units, inputs, width;  // chunks of H, I and P
+  long units, inputs, width;  // chunks of H, I and P
   int groups, group_of[max_gates];
   bool is_projected, is_centred;
   double group_size[max_gates];
@@ -71,7 +71,6 @@ template <class T> Shape shape_of(const FestinaCall& call, const Traits& traits)
   s.traits = traits;
   s.T = call.T, s.B = call.B, s.I = call.I, s.H = call.H, s.P = call.P, s.N = call.N;
   s.directions = call.directions, s.threads = call.threads;
-  s.chunk_size = chunk<T>;
   s.units = ceil_div(s.H, chunk<T>), s.inputs = ceil_div(s.I, chunk<T>), s.width = ceil_div(s.P, chunk<T>);
   s.is_projected = call.parameters[0][FESTINA_WEIGHT_HR] != nullptr;
   s.is_centred = call.placement != FESTINA_NO_NORM && !call.rms;
