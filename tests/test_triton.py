@@ -137,7 +137,11 @@ def train(case: Case) -> None:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_parity_in_the_interpreter(part):
-    interpret("interpreted.py", f"{part}/{PARTS}", "-m", "not full")
+    interpret("interpreted.py", f"{part}/{PARTS}", "-m", "not full", "-k", "test_parity")
+
+
+def test_wrong_kernels_and_chunks_in_the_interpreter():
+    interpret("interpreted.py", "0/1", "-m", "not full", "-k", "not test_parity")
 
 
 @pytest.mark.full
