@@ -34,6 +34,8 @@ class Triton:
             return "triton is not installed; pip install 'festina[triton]'"
         if case.dtype not in DTYPES:
             return f"it serves {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, not {case.dtype}"
+        if case.layer.rare:
+            return case.layer.rare
         if is_interpreting():
             return "Triton's interpreter rounds bfloat16 wrongly" if case.dtype == torch.bfloat16 else None
         if case.device != "cuda":
