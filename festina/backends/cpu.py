@@ -248,9 +248,7 @@ class Cpu:
             return f"it runs on cpu only, and the input is on {case.device}"
         if case.dtype not in TYPES:
             return f"it has no {short(case.dtype)}; use {', '.join(map(short, TYPES))}"
-        if case.layer.rare:
-            return f"it has no kernel for this norm plan: {case.layer.rare}"
-        return core.library().reason
+        return case.layer.rare or core.library().reason
 
     def forward(self, call: Call) -> Outputs:
         at = Pointers()
