@@ -82,10 +82,11 @@ _forced = os.environ.get("FESTINA_BACKEND", "")
 @cache
 def registry() -> dict[str, Backend]:
     """Every backend by name, best first. A new one is a line here."""
+    from festina.backends.cpu import CPU
     from festina.backends.eager import EAGER
     from festina.backends.triton import TRITON
 
-    listed: tuple[Backend, ...] = (TRITON, EAGER)
+    listed: tuple[Backend, ...] = (TRITON, CPU, EAGER)
     return {backend.name: backend for backend in listed}
 
 
