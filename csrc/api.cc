@@ -68,14 +68,22 @@ void* festina_allocate(uint64_t bytes) {
 
 void festina_free(void* memory) { free(memory); }
 
-uint64_t festina_fingerprint(const void* tensor, uint64_t bytes) {
+uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS]) {
   constexpr uint64_t samples = 64, odd = 0x9e3779b97f4a7c15;
-  uint64_t words = bytes / 2, mixed = bytes;
-  for (uint64_t i = 0; i < samples && i < words; ++i) {
-    uint16_t word;
-    memcpy(&word, (const char*)tensor + (words <= samples ? i : words * i / samples + i * odd % (words / samples)) * 2, 2);
-    mixed = (mixed ^ word) * odd;
+  uint64_t mixed = 0;
+  auto mix = [&](uint64_t value) {
+    mixed = (mixed ^ value) * odd;
     mixed ^= mixed >> 29;
+  };
+  for (int i = 0; i < 2 * FESTINA_PARAMETERS; ++i) {
+    const char* tensor = (const char*)call->parameters[i / FESTINA_PARAMETERS][i % FESTINA_PARAMETERS];
+    uint64_t words = bytes[i / FESTINA_PARAMETERS][i % FESTINA_PARAMETERS] / 2, step = words / samples;
+    mix((uint64_t)tensor);
+    for (uint64_t n = 0; tensor && n < samples && n < words; ++n) {
+      uint16_t word;
+      memcpy(&word, tensor + (step ? n * step + n * odd % step : n) * 2, 2);
+      mix(word);
+    }
   }
   return mixed;
 }

@@ -60,8 +60,8 @@ int festina_run(const FestinaCall* call);
 void* festina_allocate(uint64_t bytes);
 void festina_free(void* memory);
 
-/* A few values of a tensor of so many bytes, mixed: it tells a rewritten tensor from the one that was packed. */
-uint64_t festina_fingerprint(const void* tensor, uint64_t bytes);
+/* A few values and the address of each parameter, mixed: it tells rewritten parameters from those that were packed. */
+uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS]);
 
 /* What went wrong in this thread's last call that returned 1. */
 const char* festina_error(void);

@@ -181,7 +181,7 @@ def norm_c(c: Tensor, plan: NormPlan, p: dict[str, Tensor]) -> Tensor:
 def recur(layer: LayerSpec, h: Tensor, p: dict[str, Tensor]) -> Tensor:
     """What h contributes to a step: [B, P] to [B, G, H], not yet normalised."""
     product = h * p["weight_hh"] if layer.cell.diagonal else F.linear(h, p["weight_hh"], p.get("bias_inner_hh"))
-    return product.view(len(h), len(layer.cell.gates), -1)
+    return product.view(h.shape[0], len(layer.cell.gates), -1)
 
 
 def meet(layer: LayerSpec, x: Tensor, product: Tensor, p: dict[str, Tensor]) -> PreActivations:

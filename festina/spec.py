@@ -206,13 +206,13 @@ class LayerSpec:
 
     @property
     def rare(self) -> str | None:
-        """What this layer needs that only the reference has, as a phrase; a kernel that does not know it must refuse."""
+        """Why a backend without kernels for the rarest plans refuses this layer, as `can_run` says it; None: it need not."""
         phrases = {
             "the reset gate acts before the norm": self.plan.reset != "normed",
             "c is clipped": self.plan.clip is not None,
             "a bias sits inside the recurrent norm": "bias_inner_hh" in self.parameter_names,
         }
-        return next((phrase for phrase, needed in phrases.items() if needed), None)
+        return next((f"it has no kernel for a plan where {what}" for what, needed in phrases.items() if needed), None)
 
     @staticmethod
     @cache

@@ -2,6 +2,13 @@
 
 import pytest
 
+from festina.backends.triton import is_interpreting
+
+if is_interpreting():
+    from offline import quicken_interpreter
+
+    quicken_interpreter()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "full: the whole product of cases; minutes; run with -m full")

@@ -27,6 +27,11 @@ FAST = [name for name in backends.names() if name != "eager"]
 every_type = pytest.mark.parametrize("name", TYPES)
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
 def trained(rnn: Any) -> Any:
     """The layer with its biases and gains away from where they start."""
     with torch.no_grad():
@@ -44,9 +49,10 @@ def run(rnn: Any, x: Tensor, *args: Any) -> list[Tensor]:
     return [y, *listed(state), *gradients]
 
 
-def assert_near(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
+def assert_near(got: list[Tensor], want: list[Tensor], ratio: float = 1e-5) -> None:
+    """In the root mean square: over 250 steps float32 drifts by 1e-4 in single values, a wrong cell by 1e-1 in all of them."""
     for a, b in zip(got, want, strict=True):
-        assert float((a - b).detach().abs().max()) <= tolerance * max(1.0, float(b.detach().abs().max()))
+        assert (a - b).detach().square().mean().sqrt() <= ratio * b.detach().square().mean().sqrt() + 1e-7
 
 
 def test_readme_example() -> None:
@@ -116,7 +122,7 @@ def test_self_consistency(name: str, backend: str, zoneout: float) -> None:
         torch.manual_seed(0)
         with backends.use(used):
             found.append(run(rnn, x))
-    assert_near(*found, tolerance=1e-5)
+    assert_near(*found)
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -126,12 +132,12 @@ def test_native_consistency(name: str) -> None:
     rnn.from_native_weights(native.weight_ih_l0, native.weight_hh_l0, native.bias_ih_l0, native.bias_hh_l0)
     got, want = run(rnn, x), run(native, x)
     states = 3 if name == "LSTM" else 2
-    assert_near(got[: states + 1], want[: states + 1], tolerance=1e-5)
+    assert_near(got[: states + 1], want[: states + 1])
     back = rnn.to_native_weights()
     assert all(isinstance(p, nn.Parameter) for p in back)
     fresh = NATIVE[name](I, H)
     fresh.load_state_dict(dict(zip(fresh.state_dict(), back)))
-    assert_near([fresh(x)[0]], [want[0]], tolerance=1e-5)
+    assert_near([fresh(x)[0]], [want[0]])
 
 
 @every_type
@@ -140,11 +146,11 @@ def test_hastes_sizes(name: str) -> None:
     T, B, I, H = LARGE
     rnn, x = TYPES[name](I, H), torch.rand(T, B, I)
     with torch.no_grad():
-        assert_near([rnn(x)[0]], [script(name, dict(rnn.named_parameters()), x, 0.0, None)], tolerance=1e-4)
+        assert_near([rnn(x)[0]], [script(name, dict(rnn.named_parameters()), x, 0.0, None)], ratio=1e-4)
     if backends.select(backends.Case(rnn._spec, x.dtype, "cpu")) != "eager":
         found = run(rnn, x)
         with backends.use("eager"):
-            assert_near(found, run(rnn, x), tolerance=1e-4)
+            assert_near(found, run(rnn, x), ratio=1e-4)
 
 
 KERNELS = {"LSTM": 4, "GRU": 3, "IndRNN": 1}

@@ -5,22 +5,6 @@
 
 namespace ISA {
 
-// Sums over rows and steps that a thread collects for one direction.
-template <class T> struct Collected {
-  T *all, *gain[2], *shift[2], *gain_c, *shift_c, *diagonal;
-  long count;
-};
-
-template <class T> Collected<T> take_collected(Arena& arena, const Shape& s) {
-  Collected<T> c;
-  long wide = s.columns() * chunk<T>, narrow = s.units * chunk<T>;
-  c.count = 4 * wide + 3 * narrow;
-  T* all = c.all = arena.take<T>(c.count);
-  for (int side = 0; side < 2; ++side) c.gain[side] = all + side * wide, c.shift[side] = all + (2 + side) * wide;
-  c.gain_c = all + 4 * wide, c.shift_c = c.gain_c + narrow, c.diagonal = c.shift_c + narrow;
-  return c;
-}
-
 // Shared by all threads, of one direction; matrices of N rows hold every step.
 template <class T> struct BackwardBuffers {
   Packed<T> vectors;
@@ -31,7 +15,7 @@ template <class T> struct BackwardBuffers {
   Blocked<T> d_c, d_c_new, d_seen, c_old;
   T* means[2];
   T *d_weight[3];  // of weight_ih, weight_hh, weight_hr, where they cannot be summed in place
-  T* d_inner;      // [gates, units]
+  T* d_inner;      // [columns, chunk]
 };
 
 // A weight's gradient [rows, columns]; `wanted` is where it goes, or null.
@@ -89,14 +73,14 @@ template <class T> struct Backward {
   const Part& part;
   const Scratch<T>& my;
   const BackwardBuffers<T>& b;
-  const Collected<T>& collected;
+  T* d_vectors;  // what this thread collects, laid out as Packed<T>::vectors
   Order order;
   Zoneout<T> zone_h, zone_c;
   long first, end, first_wide, end_wide;
 
   Backward(const FestinaCall& call, const Shape& s, const Kernels<T>& kernels, const Part& part, const Scratch<T>& my,
-           const BackwardBuffers<T>& b, const Collected<T>& collected, const long* starts, long d)
-      : call(call), s(s), kernels(kernels), part(part), my(my), b(b), collected(collected),
+           const BackwardBuffers<T>& b, T* d_vectors, const long* starts, long d)
+      : call(call), s(s), kernels(kernels), part(part), my(my), b(b), d_vectors(d_vectors),
         order{s, starts, d, part.row, part.end_row}, zone_h(zoneout_h<T>(s, call, d)), zone_c(zoneout_c<T>(s, call, d)),
         first(part.first(s.units)), end(part.end(s.units)), first_wide(part.first(s.width)), end_wide(part.end(s.width)) {}
 
@@ -160,9 +144,9 @@ template <class T> struct Backward {
     T mean = *saved_sum(s, b.saved, sums_before_c(s), token), scale = *saved_sum(s, b.saved, sums_before_c(s) + 1, token);
     for (long n = first; n < end; ++n)
       for (int l = 0; l < chunk<T>; l += lanes<T>) {
-        long column = n * chunk<T> + l;
+        const T* vectors = b.vectors.vectors + n * vectors_a_unit * chunk<T> + l;
         T* c = b.c_old.at(n, row) + l;
-        store(c, (load(c) - mean) * scale * load(b.vectors.gain_c + column) + load(b.vectors.shift_c + column));
+        store(c, (load(c) - mean) * scale * load(vectors + gain_c * chunk<T>) + load(vectors + shift_c * chunk<T>));
       }
   }
 
@@ -188,20 +172,16 @@ template <class T> struct Backward {
     read_sums(step, rows);
 
     Step<T> p{};
-    p.rows = rows, p.first = first, p.end = end, p.units = s.units;
+    p.rows = rows, p.first = first, p.end = end;
     for (int side = 0; side < 2; ++side) {
       p.v[side] = from_row(b.saved.v[side], token), p.d_v[side] = from_row(b.d_v[side], token);
       p.scale[side] = my.scale[side];
-      p.gain[side] = b.vectors.gain[side], p.shift[side] = b.vectors.shift[side];
-      p.d_gain[side] = collected.gain[side], p.d_shift[side] = collected.shift[side];
     }
-    p.diagonal = b.vectors.diagonal, p.gain_c = b.vectors.gain_c, p.shift_c = b.vectors.shift_c;
-    p.mean_c = my.mean_c, p.scale_c = my.scale_c;
+    p.vectors = b.vectors.vectors, p.d_vectors = d_vectors, p.mean_c = my.mean_c, p.scale_c = my.scale_c;
     p.h_old = from_row(b.h_old, token), p.c_old = from_row(b.c_old, part.row), p.c_raw = from_row(b.saved.c, token);
     p.d_h_new = from_row(b.d_h_new, part.row), p.d_h = from_row(b.d_h, part.row);
     p.d_c_new = from_row(b.d_c_new, part.row), p.d_c = from_row(b.d_c, part.row);
     p.d_seen = from_row(b.d_seen, part.row);
-    p.d_gain_c = collected.gain_c, p.d_shift_c = collected.shift_c, p.d_diagonal = collected.diagonal;
     p.mean_d_seen = my.mean_d_seen, p.mean_d_seen_hat = my.mean_d_seen_hat;
     p.sums = my.sums.own, p.sum_rows = my.sums.rows;
 

@@ -11,11 +11,11 @@ template <class T> struct Core {
   Shape s;
   bool is_bfloat16;
   Common common;
-  Blocked<T> input, d_rows;
+  Blocked<T> input;
   ForwardBuffers<T> forward[2];
   BackwardBuffers<T> backward[2];
   FestinaBytes bytes;
-  char *shared_base, *own_base;
+  char* own_base;
   uint64_t own_bytes;
 
   // Places every buffer; the caller's null pointers make it a mere count.
@@ -42,7 +42,7 @@ template <class T> struct Core {
   // What belongs to one thread.
   struct Own {
     Scratch<T> scratch;
-    Collected<T> collected[2];
+    T* d_vectors[2];
     Blocked<T> d_rows;
     uint64_t bytes;
   };
@@ -50,12 +50,13 @@ template <class T> struct Core {
     Own o{};
     o.scratch = take_scratch<T>(arena, s, published, worker, is_bfloat16);
     if (call.pass == FESTINA_BACKWARD) {
-      for (long d = 0; d < s.directions; ++d) o.collected[d] = take_collected<T>(arena, s);
+      for (long d = 0; d < s.directions; ++d) o.d_vectors[d] = arena.take<T>(vector_count());
       o.d_rows = arena.take_blocked<T>(s.inputs, gradient_rows);
     }
     o.bytes = arena.used;
     return o;
   }
+  long vector_count() const { return s.units * vectors_a_unit * chunk<T>; }
   Own own(long worker) const { return own(worker, {own_base + worker * own_bytes, 0}); }
 
   // Before the team starts.
@@ -105,8 +106,9 @@ template <class T> struct Core {
       if (d % workers == worker) pack_vectors(s, call, call.parameters[d], p);
       Weight<T> input = weight(d, FESTINA_WEIGHT_IH), recurrent = weight(d, FESTINA_WEIGHT_HH);
       for (long n = worker; n < s.columns(); n += workers) {
-        pack_transposed(s, input, n / s.units, n % s.units, p.input + n * s.I * chunk<T>);
-        if (!s.traits.is_diagonal) pack_transposed(s, recurrent, n / s.units, n % s.units, p.recurrent + n * s.P * chunk<T>);
+        pack_transposed(s, input, n % s.traits.gates, n / s.traits.gates, p.input + n * s.I * chunk<T>);
+        if (!s.traits.is_diagonal)
+          pack_transposed(s, recurrent, n % s.traits.gates, n / s.traits.gates, p.recurrent + n * s.P * chunk<T>);
       }
       for (long n = worker; s.is_projected && n < s.width; n += workers)
         pack_transposed(s, weight(d, FESTINA_WEIGHT_HR), 0, n, p.projection + n * s.H * chunk<T>);
@@ -142,18 +144,18 @@ template <class T> struct Core {
   void run_backward(const Own& mine, const Part& part, long worker, long workers) const {
     for (long d = 0; d < s.directions; ++d)
       for (long w = worker; w < s.threads; w += workers) {
-        const Collected<T> c = own(w).collected[d];
-        for (long i = 0; i < c.count; ++i) c.all[i] = 0;
+        T* mine = own(w).d_vectors[d];
+        for (long i = 0; i < vector_count(); ++i) mine[i] = 0;
       }
     pack_backward(worker, workers);
     wait(workers);
     for (long d = part.direction; !part.is_idle && d < part.end_direction; ++d)
-      Backward<T>(call, s, kernels, part, mine.scratch, backward[d], mine.collected[d], common.starts, d).run();
+      Backward<T>(call, s, kernels, part, mine.scratch, backward[d], mine.d_vectors[d], common.starts, d).run();
     wait(workers);
 
-    Collected<T> collected[2 * max_threads];
-    for (long d = 0; d < s.directions; ++d)
-      for (long w = 0; w < s.threads; ++w) collected[d * s.threads + w] = own(w).collected[d];
+    T* collected[max_threads][2];
+    for (long w = 0; w < s.threads; ++w)
+      for (long d = 0; d < s.directions; ++d) collected[w][d] = own(w).d_vectors[d];
     Gradients<T> gradients{call, s, backward, collected, input, mine.scratch, mine.d_rows, workers};
     while (gradients.first_pass(__atomic_fetch_add(&common.next_task[0], 1, __ATOMIC_RELAXED))) {
     }

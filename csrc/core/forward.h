@@ -113,20 +113,28 @@ template <class T> struct Forward {
           for (long k = 0; k < s.I; ++k) my.rows[count * s.I + k] = input.get(token * s.I + k);
       }
     bool has_inner = call.parameters[order.d][FESTINA_BIAS_INNER];
-    for (int g = 0; g < s.traits.gates; ++g) {
-      long column = g * s.units + first;
-      Target<T> to{b.v[0].at(column, 0), my.target_at, b.v[0].step()};
-      if (has_inner) fill(to, count, end - first, b.packed.inner + column * chunk<T>);
-      if (is_normed) my.sums.clear(g, count);
-      multiply<T>({input.is_bfloat16 ? my.rows : (const T*)call.input, my.left_at, chunk<T>}, count,
-                  {b.packed.input + column * s.I * chunk<T>, s.I * chunk<T>}, end - first, s.I, to, has_inner,
-                  is_normed ? my.sums.at(g) : nullptr);
-      if (is_normed) my.sums.publish(g, count);
-    }
+    long column = first * s.traits.gates, columns = (end - first) * s.traits.gates;
+    Target<T> to{b.v[0].at(column, 0), my.target_at, b.v[0].step()};
+    if (has_inner) fill(to, count, columns, b.packed.inner + column * chunk<T>);
+    multiply<T>({input.is_bfloat16 ? my.rows : (const T*)call.input, my.left_at, chunk<T>}, count,
+                {b.packed.input + column * s.I * chunk<T>, s.I * chunk<T>}, columns, s.I, to, has_inner,
+                squares(is_normed, count));
     if (!is_normed) return;
-    part.wait();
+    publish(count);
     for (long i = 0; i < count; ++i) finish_norm(s, part, my.sums, call.eps, i, my.scale[0] + i * max_gates);
     part.wait();  // the sums are about to be used again
+  }
+
+  // Cleared sums of squares, gate by gate, where a norm needs them.
+  Squares<T> squares(bool is_normed, long rows) const {
+    if (!is_normed) return {};
+    for (int g = 0; g < s.traits.gates; ++g) my.sums.clear(g, rows);
+    return {my.sums.own, my.sums.at(1) - my.sums.own, s.traits.gates, 0, 0};
+  }
+
+  void publish(long rows) const {
+    for (int g = 0; g < s.traits.gates; ++g) my.sums.publish(g, rows);
+    part.wait();
   }
 
   static void fill(Target<T> to, long rows, long chunks, const T* value) {
@@ -145,29 +153,22 @@ template <class T> struct Forward {
     bool is_normed = is_joint || s.traits.is_normed[1];
     if (!s.traits.is_diagonal) {
       Blocked<T> to = s.traits.sides == 2 ? v_h : v_x;
-      for (int g = 0; g < s.traits.gates; ++g) {
-        long column = g * s.units + first;
-        if (is_normed) my.sums.clear(g, rows);
-        multiply<T>({h_old.data, my.chunk_at, h_old.step()}, rows,
-                    {b.packed.recurrent + column * s.P * chunk<T>, s.P * chunk<T>}, end - first, s.P,
-                    {to.at(column, 0), my.chunk_at, to.step()}, s.traits.sides == 1,
-                    is_normed ? my.sums.at(g) : nullptr);
-        if (is_normed) my.sums.publish(g, rows);
-      }
+      long column = first * s.traits.gates, columns = (end - first) * s.traits.gates;
+      multiply<T>({h_old.data, my.chunk_at, h_old.step()}, rows,
+                  {b.packed.recurrent + column * s.P * chunk<T>, s.P * chunk<T>}, columns, s.P,
+                  {to.at(column, 0), my.chunk_at, to.step()}, s.traits.sides == 1, squares(is_normed, rows));
     }
     if (is_normed) {
-      part.wait();
+      publish(rows);
       T* scale = is_joint ? scale_x : my.scale[1];
       for (long r = 0; r < rows; ++r) finish_norm(s, part, my.sums, call.eps, r, scale + r * max_gates);
     }
 
     Step<T> p{};
-    p.rows = rows, p.first = first, p.end = end, p.units = s.units;
+    p.rows = rows, p.first = first, p.end = end;
     p.v[0] = v_x, p.v[1] = v_h;
     p.scale[0] = scale_x, p.scale[1] = my.scale[1];
-    for (int side = 0; side < 2; ++side) p.gain[side] = b.packed.gain[side], p.shift[side] = b.packed.shift[side];
-    p.diagonal = b.packed.diagonal, p.gain_c = b.packed.gain_c, p.shift_c = b.packed.shift_c;
-    p.mean_c = my.mean_c, p.scale_c = my.scale_c;
+    p.vectors = b.packed.vectors, p.mean_c = my.mean_c, p.scale_c = my.scale_c;
     p.h_old = h_old, p.h = from_row(s.is_projected ? b.unprojected : b.h[1 - now], part.row);
     p.c_old = from_row(b.c[now], part.row), p.c = from_row(b.c[1 - now], part.row);
     p.c_raw = from_row(b.saved.c, at);
@@ -175,7 +176,7 @@ template <class T> struct Forward {
     if (s.traits.has_norm_c) {
       my.sums.clear(sum_of_c, rows);
       kernels.update(p);
-      norm_c(s, part, my.sums, call, p.c, b.packed.valid, rows, my.mean_c, my.scale_c);
+      norm_c(s, part, my.sums, call, p.c, b.packed.vectors, rows, my.mean_c, my.scale_c);
     }
     kernels.emit(p);
     if (s.is_projected) {

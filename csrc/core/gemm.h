@@ -27,8 +27,15 @@ template <class T> struct Target {
   long step;
 };
 
+// Where the squares of a result go: those of column chunk n to data + (n % period) * step + row * lanes.
+template <class T> struct Squares {
+  T* data;
+  long step, period, n, row;
+  INLINE T* at(long chunk, long r) const { return data + (n + chunk) % period * step + (row + r) * lanes<T>; }
+};
+
 template <class T, int rows, int chunks, int stride>
-void tile(Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, T* squares) {
+void tile(Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, Squares<T> squares) {
   constexpr int parts = chunk<T> / lanes<T>, wide = chunks * parts, block = chunk<T>;
   Vec<T> sums[rows][wide];
   const T* left[rows];
@@ -60,18 +67,20 @@ void tile(Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, T* squ
   for (int k = 0; k < depth; ++k) multiply(k);
 
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-    T* to = c.data + c.row_at[r];
-    Vec<T> square = broadcast(T(0));
-#pragma GCC unroll 16
-    for (int n = 0; n < wide; ++n) {
-      T* at = to + n / parts * c.step + n % parts * lanes<T>;
-      if (is_added) sums[r][n] += load(at);
-      store(at, sums[r][n]);
-      square += sums[r][n] * sums[r][n];
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < chunks; ++i) {
+      T* to = c.data + c.row_at[r] + i * c.step;
+      Vec<T> square = broadcast(T(0));
+#pragma GCC unroll 4
+      for (int n = 0; n < parts; ++n) {
+        Vec<T>& x = sums[r][i * parts + n];
+        if (is_added) x += load(to + n * lanes<T>);
+        store(to + n * lanes<T>, x);
+        square += x * x;
+      }
+      if (squares.data) add_to(squares.at(i, r), square);
     }
-    if (squares) add_to(squares + r * lanes<T>, square);
-  }
 }
 
 // The widest tile of so many rows that the registers hold.
@@ -81,7 +90,7 @@ template <class T> constexpr int chunks_for(int rows) {
 }
 
 template <class T, int rows, int stride, int chunks = chunks_for<T>(rows)>
-INLINE void tile_of(long wanted, Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, T* squares) {
+INLINE void tile_of(long wanted, Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, Squares<T> squares) {
   if constexpr (chunks > 1) {
     if (wanted < chunks) return tile_of<T, rows, stride, chunks - 1>(wanted, a, b, depth, c, is_added, squares);
   }
@@ -89,17 +98,17 @@ INLINE void tile_of(long wanted, Left<T> a, Panels<T> b, long depth, Target<T> c
 }
 
 template <class T, int stride, int rows = TILE_ROWS>
-INLINE void tile_rows(long count, long chunks, Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, T* squares) {
+INLINE void tile_rows(long count, long chunks, Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, Squares<T> squares) {
   if constexpr (rows > 1) {
     if (count < rows) return tile_rows<T, stride, rows - 1>(count, chunks, a, b, depth, c, is_added, squares);
   }
   tile_of<T, rows, stride>(chunks, a, b, depth, c, is_added, squares);
 }
 
-// c = or += a b for `rows` rows and `chunks` chunks of columns. Where there are `squares` [rows, lanes], the squares of
-// the result are added to them. Rows are cut evenly: 8 rows are 4 + 4, as 6 + 2 would leave the second tile waiting.
+// c = or += a b for `rows` rows and `chunks` chunks of columns. Where there are `squares`, those of the result are
+// added to them. Rows are cut evenly: 8 rows are 4 + 4, as 6 + 2 would leave the second tile waiting.
 template <class T, int stride = 1>
-void multiply(Left<T> a, long rows, Panels<T> b, long chunks, long depth, Target<T> c, bool is_added, T* squares = nullptr) {
+void multiply(Left<T> a, long rows, Panels<T> b, long chunks, long depth, Target<T> c, bool is_added, Squares<T> squares = {}) {
   if (rows == 0) return;
   constexpr long left_bytes = 192 << 10;  // what of the left operand is gone through for every panel: it stays in L2
   long tiles = ceil_div(rows, TILE_ROWS), tallest = ceil_div(rows, tiles), wide = chunks_for<T>(tallest);
@@ -114,7 +123,7 @@ void multiply(Left<T> a, long rows, Panels<T> b, long chunks, long depth, Target
           Left<T> left{a.data + k / chunk<T> * a.step, a.row_at + row, a.step};
           Target<T> to{c.data + n * c.step, c.row_at + row, c.step};
           tile_rows<T, stride>(next - row, min(wide, chunks - n), left, right, min(depth_block, depth - k), to,
-                               is_added || k > 0, squares && is_last ? squares + row * lanes<T> : nullptr);
+                               is_added || k > 0, {is_last ? squares.data : nullptr, squares.step, squares.period, n, row});
           row = next;
         }
       }

@@ -4,21 +4,24 @@
 
 namespace ISA {
 
-constexpr long gradient_depth = 128;  // steps at a time: a chunk of either factor then fits in half of L1
-constexpr long gradient_rows = 96;
+constexpr long gradient_rows = 96;  // so many rows of a weight's gradient, or of the input's, are one task
 
 template <class T> struct Gradients {
   const FestinaCall& call;
   const Shape& s;
-  const BackwardBuffers<T>* b;        // [directions]
-  const Collected<T>* collected;      // [directions, threads]
-  Blocked<T> input;                   // N rows
+  const BackwardBuffers<T>* b;      // [directions]
+  T* const (*collected)[2];         // [threads, directions]: d_vectors of each
+  Blocked<T> input;                 // N rows
   const Scratch<T>& my;
-  Blocked<T> d_rows;                  // of this thread: a few rows of d_input
+  Blocked<T> d_rows;                // of this thread: a few rows of d_input
   long workers;
 
-  long weight_rows() const { return min(gradient_rows, max(TILE_ROWS, s.traits.gates * s.H / (4 * workers) / TILE_ROWS * TILE_ROWS)); }
-  long input_rows() const { return min(gradient_rows, max(4 * TILE_ROWS, (long)((256 << 10) / (s.columns() * chunk<T> * sizeof(T))) / TILE_ROWS * TILE_ROWS)); }
+  // Smaller tasks where there would be too few to go round.
+  long task_rows(long rows) const {
+    return min(gradient_rows, max(TILE_ROWS, rows / (4 * workers) / TILE_ROWS * TILE_ROWS));
+  }
+  long weight_rows() const { return task_rows(s.traits.gates * s.H); }
+  long input_rows() const { return task_rows(s.N); }
 
   // Every task by its number; false past the last.
   bool first_pass(long task) const {
@@ -61,19 +64,19 @@ template <class T> struct Gradients {
   }
 
   void sum_weight(long d, int w, const Factors& f, long row) const {
-    long count = min(weight_rows(), f.rows - row), H = w == 2 ? s.P : s.H, units = w == 2 ? s.width : s.units;
+    long count = min(weight_rows(), f.rows - row), H = w == 2 ? s.P : s.H, gates = f.rows / H;
     Blocked<T> left = w == 0 ? b[d].d_v[0] : w == 1 ? b[d].d_v[s.traits.sides - 1] : b[d].d_h_projected;
     Blocked<T> right = w == 0 ? input : w == 1 ? b[d].h_old : b[d].unprojected;
     Sum to = place_of(d, w, f);
     for (long i = 0; i < count; ++i) {
       long gate = (row + i) / H, j = (row + i) % H;
-      my.left_at[i] = (gate * units + j / chunk<T>) * left.step() + j % chunk<T>;
+      my.left_at[i] = (j / chunk<T> * gates + gate) * left.step() + j % chunk<T>;
       my.target_at[i] = (row + i) * to.step;
     }
     constexpr int C = chunk<T>;
-    for (long token = 0; token == 0 || token < s.N; token += gradient_depth)
+    for (long token = 0; token == 0 || token < s.N; token += depth_block)
       multiply<T, C>({left.data + token * C, my.left_at, C * C}, count, {right.data + token * C, right.step()},
-                     ceil_div(f.columns, C), min(gradient_depth, s.N - token), {to.data, my.target_at, C}, token > 0);
+                     ceil_div(f.columns, C), min(depth_block, s.N - token), {to.data, my.target_at, C}, token > 0);
   }
 
   void finish_weight(long d, int w, const Factors& f, long column) const {
@@ -112,34 +115,34 @@ template <class T> struct Gradients {
     for (long r = 0; r < count; ++r) to.write((token + r) * s.I, s.I, 0, s.inputs, d_rows, r);
   }
 
-  // Sums over threads of what they collected: `parts` lies in the collection of each.
-  template <class Parts> void write_vector(void* wanted, long d, long gates, Parts part) const {
+  // Sums over threads of the vectors that `which` gives for each gate.
+  template <class Which> void write_vector(void* wanted, long d, long gates, Which which) const {
     if (!wanted) return;
     Tensor<T> to(wanted, call.type);
     for (long g = 0; g < gates; ++g)
       for (long j = 0; j < s.H; ++j) {
         T total = 0;
-        for (long worker = 0; worker < s.threads; ++worker)
-          total += part(collected[d * s.threads + worker], g)[g * s.units * chunk<T> + j];
+        for (long worker = 0; worker < s.threads; ++worker) total += vector_at(collected[worker][d], which(g), j);
         to.put(g * s.H + j, total);
       }
   }
 
   void sum_vectors(long d) const {
     void* const* to = call.d_parameters[d];
-    using C = const Collected<T>&;
     int gates = s.traits.gates;
+    auto gain = [](int side) { return [side](int g) { return gain_of(side, g); }; };
+    auto shift_x = [](int g) { return shift_of(0, g); };
     // Both sides take the same gradient, save the last gate of a parted cell.
-    auto shift_h = [&](C c, long g) { return c.shift[s.traits.is_parted && g == gates - 1 ? 1 : 0]; };
-    write_vector(to[FESTINA_BIAS_IH], d, gates, [](C c, long) { return c.shift[0]; });
-    write_vector(to[FESTINA_BIAS], d, gates, [](C c, long) { return c.shift[0]; });
+    auto shift_h = [&](int g) { return shift_of(s.traits.is_parted && g == gates - 1, g); };
+    write_vector(to[FESTINA_BIAS_IH], d, gates, shift_x);
+    write_vector(to[FESTINA_BIAS], d, gates, shift_x);
     write_vector(to[FESTINA_BIAS_HH], d, gates, shift_h);
-    write_vector(to[FESTINA_GAIN_IH], d, gates, [](C c, long) { return c.gain[0]; });
-    write_vector(to[FESTINA_GAIN], d, gates, [](C c, long) { return c.gain[0]; });
-    write_vector(to[FESTINA_GAIN_HH], d, gates, [](C c, long) { return c.gain[1]; });
-    write_vector(to[FESTINA_GAIN_C], d, 1, [](C c, long) { return c.gain_c; });
-    write_vector(to[FESTINA_BIAS_C], d, 1, [](C c, long) { return c.shift_c; });
-    if (s.traits.is_diagonal) write_vector(to[FESTINA_WEIGHT_HH], d, 1, [](C c, long) { return c.diagonal; });
+    write_vector(to[FESTINA_GAIN_IH], d, gates, gain(0));
+    write_vector(to[FESTINA_GAIN], d, gates, gain(0));
+    write_vector(to[FESTINA_GAIN_HH], d, gates, gain(1));
+    write_vector(to[FESTINA_GAIN_C], d, 1, [](int) { return gain_c; });
+    write_vector(to[FESTINA_BIAS_C], d, 1, [](int) { return shift_c; });
+    if (s.traits.is_diagonal) write_vector(to[FESTINA_WEIGHT_HH], d, 1, [](int) { return diagonal; });
     if (to[FESTINA_BIAS_INNER]) sum_inner(d, Tensor<T>(to[FESTINA_BIAS_INNER], call.type));
   }
 
@@ -151,7 +154,7 @@ template <class T> struct Gradients {
         for (long token = 0; token < s.N; ++token) total += load(b[d].d_v[0].at(n, token) + l);
         store(inner + n * chunk<T> + l, total);
       }
-    auto at = [&](long g, long j) { return inner[g * s.units * chunk<T> + j]; };
+    auto at = [&](long g, long j) { return inner[(j / chunk<T> * s.traits.gates + g) * chunk<T> + j % chunk<T>]; };
     for (long g = 0; s.is_centred && g < s.traits.gates; ++g)
       for (long j = 0; j < s.H; ++j) means[s.group_of[g]] += at(g, j) / (T)s.group_size[s.group_of[g]];
     for (long g = 0; g < s.traits.gates; ++g)

@@ -50,21 +50,21 @@ void norm_pull(const Shape& s, const Part& part, const Sums<T>& sums, int side, 
 
 template <class T>
 void norm_backward(const Shape& s, long first, long end, long rows, const T* scale, const T* pull, Blocked<T> v, Blocked<T> d_v) {
-  for (int g = 0; g < s.traits.gates; ++g)
-    for (long unit = first; unit < end; ++unit)
+  for (long unit = first; unit < end; ++unit)
+    for (int g = 0; g < s.traits.gates; ++g)
       for (long row = 0; row < rows; ++row) {
-        T *d = d_v.at(g * s.units + unit, row), *from = v.at(g * s.units + unit, row);
+        T *d = d_v.at(unit * s.traits.gates + g, row), *from = v.at(unit * s.traits.gates + g, row);
         for (int l = 0; l < chunk<T>; l += lanes<T>)
           store(d + l, load(d + l) * scale[row * max_gates + g] - load(from + l) * pull[row * max_gates + g]);
       }
 }
 
 // The sum of squares about `mean` over units [first, end) of one row of c.
-template <class T> T squares_about(Blocked<T> c, const T* valid, long first, long end, long row, T mean) {
+template <class T> T squares_about(Blocked<T> c, const T* vectors, long first, long end, long row, T mean) {
   Vec<T> total = broadcast(T(0));
   for (long unit = first; unit < end; ++unit)
     for (int l = 0; l < chunk<T>; l += lanes<T>) {
-      Vec<T> d = (load(c.at(unit, row) + l) - mean) * load(valid + unit * chunk<T> + l);
+      Vec<T> d = (load(c.at(unit, row) + l) - mean) * load(vectors + (unit * vectors_a_unit + valid) * chunk<T> + l);
       total += d * d;
     }
   return sum(total);
@@ -72,7 +72,7 @@ template <class T> T squares_about(Blocked<T> c, const T* valid, long first, lon
 
 // Mean and 1 / sigma of c over whole rows, from each thread's share (Chan's formula joins the shares).
 template <class T>
-void norm_c(const Shape& s, const Part& part, const Sums<T>& sums, const FestinaCall& call, Blocked<T> c, const T* valid,
+void norm_c(const Shape& s, const Part& part, const Sums<T>& sums, const FestinaCall& call, Blocked<T> c, const T* vectors,
             long rows, T* mean, T* scale) {
   auto count = [&](long member) {
     long first = s.units * member / part.members, end = s.units * (member + 1) / part.members;
@@ -82,7 +82,7 @@ void norm_c(const Shape& s, const Part& part, const Sums<T>& sums, const Festina
   for (long row = 0; row < rows; ++row) {
     T own = call.rms ? T(0) : sums.local(sum_of_c, row) / count(part.member);
     sums.publish(sum_of_c, row, own);
-    sums.publish(sum_of_c + 1, row, squares_about(c, valid, first, end, row, own));
+    sums.publish(sum_of_c + 1, row, squares_about(c, vectors, first, end, row, own));
   }
   part.wait();
   for (long row = 0; row < rows; ++row) {

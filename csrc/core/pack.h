@@ -33,60 +33,74 @@ template <class T> void column_means(const Shape& s, const Tensor<T>& weight, lo
   }
 }
 
-// Chunk n of the rows of a weight, as columns of a panel: [k][row within the chunk].
+// Columns [first, first + count) of one row of a weight, less their means; zero where there is no such row or column.
+template <class T> INLINE void centred_row(const Weight<T>& w, long row, const T* mean, long first, long count, T* to) {
+  if (row >= 0 && count == chunk<T> && !w.tensor.is_bfloat16) {
+    const T* from = (const T*)w.tensor.data + row * w.columns + first;
+    for (int l = 0; l < chunk<T>; l += lanes<T>) store(to + l, mean ? load(from + l) - load(mean + first + l) : load(from + l));
+    return;
+  }
+  for (int l = 0; l < chunk<T>; ++l)
+    to[l] = row >= 0 && l < count ? w.tensor.get(row * w.columns + first + l) - (mean ? mean[first + l] : T(0)) : T(0);
+}
+
+template <class T> const T* means_of(const Shape& s, const Weight<T>& w, long gate) {
+  return w.means ? w.means + s.group_of[gate] * w.columns : nullptr;
+}
+
+// A chunk of the rows of a weight, as columns of a panel: [k][row within the chunk].
 template <class T> void pack_transposed(const Shape& s, const Weight<T>& w, long gate, long unit, T* to) {
-  long first = unit * chunk<T>, count = min(chunk<T>, w.H - first);
-  const T* mean = w.means ? w.means + s.group_of[gate] * w.columns : nullptr;
-  for (int l = 0; l < chunk<T>; ++l) {
-    long row = (gate * w.H + first + l) * w.columns;
-    for (long k = 0; k < w.columns; ++k)
-      to[k * chunk<T> + l] = l < count ? w.tensor.get(row + k) - (mean ? mean[k] : T(0)) : T(0);
+  constexpr int C = chunk<T>;
+  alignas(64) T block[C][C];
+  for (long k = 0; k < w.columns; k += C) {
+    long count = min(C, w.columns - k);
+    for (int l = 0; l < C; ++l) {
+      long j = unit * C + l;
+      centred_row(w, j < w.H ? gate * w.H + j : -1, means_of(s, w, gate), k, count, block[l]);
+    }
+    for (long i = 0; i < count; ++i, to += C)
+      for (int l = 0; l < C; ++l) to[l] = block[l][i];
   }
 }
 
-// Chunk n of the columns of a weight, as columns of a panel: [row][column within the chunk]; a gate's rows are padded to
-// whole chunks.
+// A chunk of the columns of a weight, as columns of a panel: [row][column within the chunk]. Rows are ordered as the
+// columns of products are: unit after unit, in each the gates.
 template <class T> void pack_straight(const Shape& s, const Weight<T>& w, long n, T* to) {
-  long first = n * chunk<T>, count = min(chunk<T>, w.columns - first), padded = ceil_div(w.H, chunk<T>) * chunk<T>;
-  for (long g = 0; g < w.gates; ++g) {
-    const T* mean = w.means ? w.means + s.group_of[g] * w.columns + first : nullptr;
-    for (long j = 0; j < padded; ++j, to += chunk<T>)
-      for (int l = 0; l < chunk<T>; ++l)
-        to[l] = j < w.H && l < count ? w.tensor.get((g * w.H + j) * w.columns + first + l) - (mean ? mean[l] : T(0)) : T(0);
-  }
-}
-
-template <class T> void pack_vector(const Shape& s, const Tensor<T>& from, long gates, T* to) {
-  for (long g = 0; g < gates; ++g)
-    for (long j = 0; j < s.units * chunk<T>; ++j)
-      to[g * s.units * chunk<T> + j] = from && j < s.H ? from.get(g * s.H + j) : T(0);
+  constexpr int C = chunk<T>;
+  long first = n * C, count = min(C, w.columns - first);
+  for (long j = 0; j < w.H; j += C)
+    for (long g = 0; g < w.gates; ++g)
+      for (long l = j; l < j + C; ++l, to += C)
+        centred_row(w, l < w.H ? g * w.H + l : -1, means_of(s, w, g), first, count, to);
 }
 
 template <class T> void pack_vectors(const Shape& s, const FestinaCall& call, const void* const* parameters, Packed<T>& p) {
-  auto tensor = [&](int which) { return Tensor<T>(parameters[which], call.type); };
   bool is_joint = call.placement == FESTINA_JOINT;
-  long gates = s.traits.gates;
-  pack_vector(s, tensor(is_joint ? FESTINA_GAIN : FESTINA_GAIN_IH), gates, p.gain[0]);
-  pack_vector(s, tensor(is_joint ? FESTINA_BIAS : FESTINA_BIAS_IH), gates, p.shift[0]);
-  pack_vector(s, tensor(FESTINA_GAIN_HH), gates, p.gain[1]);
-  pack_vector(s, tensor(FESTINA_BIAS_HH), gates, p.shift[1]);
-  pack_vector(s, tensor(FESTINA_BIAS_INNER), gates, p.inner);
-  pack_vector(s, tensor(FESTINA_GAIN_C), 1, p.gain_c);
-  pack_vector(s, tensor(FESTINA_BIAS_C), 1, p.shift_c);
-  if (s.traits.is_diagonal) pack_vector(s, tensor(FESTINA_WEIGHT_HH), 1, p.diagonal);
-  for (long j = 0; j < s.units * chunk<T>; ++j) p.valid[j] = j < s.H;
+  int gates = s.traits.gates;
+  for (long i = 0; i < s.units * vectors_a_unit * chunk<T>; ++i) p.vectors[i] = 0;
+  for (long i = 0; i < s.columns() * chunk<T>; ++i) p.inner[i] = 0;
+  auto put = [&](int parameter, int gate, int which) {
+    Tensor<T> from(parameters[parameter], call.type);
+    for (long j = 0; from && j < s.H; ++j) vector_at(p.vectors, which, j) += from.get(gate * s.H + j);
+  };
+  for (int g = 0; g < gates; ++g) {
+    put(is_joint ? FESTINA_GAIN : FESTINA_GAIN_IH, g, gain_of(0, g));
+    put(is_joint ? FESTINA_BIAS : FESTINA_BIAS_IH, g, shift_of(0, g));
+    put(FESTINA_GAIN_HH, g, gain_of(1, g));
+    put(FESTINA_BIAS_HH, g, shift_of(s.traits.sides - 1, g));  // where there is one sum, one shift serves it
+  }
+  put(FESTINA_GAIN_C, 0, gain_c);
+  put(FESTINA_BIAS_C, 0, shift_c);
+  if (s.traits.is_diagonal) put(FESTINA_WEIGHT_HH, 0, diagonal);
+  for (long j = 0; j < s.H; ++j) vector_at(p.vectors, valid, j) = 1;
 
-  long wide = s.columns() * chunk<T>;
-  if (s.traits.sides == 1)  // one shift serves the sum
-    for (long j = 0; j < wide; ++j) p.shift[0][j] += p.shift[1][j];
-  if (!s.is_centred) return;
-  for (int group = 0; group < s.groups; ++group) {
-    T total = 0;
-    for (int g = 0; g < gates; ++g)
-      for (long j = 0; j < s.H; ++j) total += s.group_of[g] == group ? p.inner[g * s.units * chunk<T> + j] : T(0);
-    for (int g = 0; g < gates; ++g)
-      for (long j = 0; j < s.H; ++j)
-        if (s.group_of[g] == group) p.inner[g * s.units * chunk<T> + j] -= total / (T)s.group_size[group];
+  Tensor<T> inner(parameters[FESTINA_BIAS_INNER], call.type);
+  if (!inner) return;
+  T mean[max_gates] = {};
+  for (long i = 0; s.is_centred && i < gates * s.H; ++i) mean[s.group_of[i / s.H]] += inner.get(i) / (T)s.group_size[s.group_of[i / s.H]];
+  for (long i = 0; i < gates * s.H; ++i) {
+    long g = i / s.H, j = i % s.H;
+    p.inner[(j / chunk<T> * gates + g) * chunk<T> + j % chunk<T>] = inner.get(i) - mean[s.group_of[g]];
   }
 }
 

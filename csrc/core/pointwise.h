@@ -9,17 +9,16 @@ namespace ISA {
 // What a pass over one step reads and writes. Rows count from the first of the part; units are chunks.
 template <class T> struct Step {
   long rows, first, end;
-  Blocked<T> v[2];                         // products, gate after gate; `rows` within the blocked matrix are this step's
-  const T* scale[2];                       // [rows, max_gates]: 1 / sigma
-  const T *gain[2], *shift[2], *diagonal;  // [gates, units]
-  const T *gain_c, *shift_c, *mean_c, *scale_c;
+  Blocked<T> v[2];    // products, from this step's first row on
+  const T* scale[2];  // [rows, max_gates]: 1 / sigma
+  const T *vectors, *mean_c, *scale_c;
   Blocked<T> h_old, h, c_old, c, c_raw;
-  T* sums;                                 // [sum, sum_rows, lanes]: what is summed over the units of a row
-  long sum_rows, units;
+  T* sums;  // [sum, sum_rows, lanes]: what is summed over the units of a row
+  long sum_rows;
 
   // Backward: d_h comes in as the gradient of the new h and leaves as that of the old one, d_c likewise.
   Blocked<T> d_v[2], d_h_new, d_h, d_c_new, d_c, d_seen;
-  T *d_gain[2], *d_shift[2], *d_gain_c, *d_shift_c, *d_diagonal;
+  T* d_vectors;
   const T *mean_d_seen, *mean_d_seen_hat;  // [rows]: what the norm of c takes from its gradient
 
   INLINE T* sum_at(int sum, long row) const { return sums + (sum * sum_rows + row) * lanes<T>; }
@@ -38,10 +37,11 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
   struct Place {
     long unit, row;
     int lane;
-    INLINE long column(const Step<T>& s, int gate) const { return (gate * s.units + unit) * chunk<T> + lane; }
-    INLINE long column() const { return unit * chunk<T> + lane; }
     INLINE T* in(const Blocked<T>& m) const { return m.at(unit, row) + lane; }
-    INLINE T* in(const Step<T>& s, const Blocked<T>& m, int gate) const { return m.at(gate * s.units + unit, row) + lane; }
+    INLINE T* in(const Blocked<T>& m, int gate) const { return m.at(unit * gates + gate, row) + lane; }
+    template <class U> INLINE U* of(U* vectors, int which) const {
+      return vectors + (unit * vectors_a_unit + which) * chunk<T> + lane;
+    }
   };
 
   template <class Body> static INLINE void each(const Step<T>& s, Body body) {
@@ -52,20 +52,20 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
   }
 
   static INLINE V normalised(const Step<T>& s, Place at, int side, int gate) {
-    return load(at.in(s, s.v[side], gate)) * s.scale[side][at.row * max_gates + gate];
+    return load(at.in(s.v[side], gate)) * s.scale[side][at.row * max_gates + gate];
   }
 
   static INLINE V side_of(const Step<T>& s, Place at, int side, int gate) {
-    V shift = load(s.shift[side] + at.column(s, gate));
-    if (!is_normed[side]) return load(at.in(s, s.v[side], gate)) + shift;
-    return normalised(s, at, side, gate) * load(s.gain[side] + at.column(s, gate)) + shift;
+    V shift = load(at.of(s.vectors, shift_of(side, gate)));
+    if (!is_normed[side]) return load(at.in(s.v[side], gate)) + shift;
+    return normalised(s, at, side, gate) * load(at.of(s.vectors, gain_of(side, gate))) + shift;
   }
 
   template <int from, int to> static INLINE void pre_activations(const Step<T>& s, Place at, V* a) {
 #pragma GCC unroll 4
     for (int g = from; g < to; ++g) {
       a[g] = side_of(s, at, 0, g);
-      if constexpr (Cell::is_diagonal) a[g] += load(s.diagonal + at.column()) * load(at.in(s.h_old));
+      if constexpr (Cell::is_diagonal) a[g] += load(at.of(s.vectors, diagonal)) * load(at.in(s.h_old));
       if constexpr (sides == 2) {
         if (Cell::is_parted && g == gates - 1)
           a[gates] = side_of(s, at, 1, g);
@@ -91,7 +91,7 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
 
   static INLINE V seen(const Step<T>& s, Place at, V c) {
     if (!has_norm_c) return c;
-    return (c - s.mean_c[at.row]) * s.scale_c[at.row] * load(s.gain_c + at.column()) + load(s.shift_c + at.column());
+    return (c - s.mean_c[at.row]) * s.scale_c[at.row] * load(at.of(s.vectors, gain_c)) + load(at.of(s.vectors, shift_c));
   }
 
   static void emit(const Step<T>& s) {
@@ -117,19 +117,19 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
   template <int from, int to> static INLINE void spread(const Step<T>& s, Place at, const V* d_a) {
 #pragma GCC unroll 4
     for (int g = from; g < to; ++g) {
-      add_to(s.d_shift[0] + at.column(s, g), d_a[g]);
+      add_to(at.of(s.d_vectors, shift_of(0, g)), d_a[g]);
 #pragma GCC unroll 2
       for (int side = 0; side < sides; ++side) {
         bool is_apart = side == 1 && Cell::is_parted && g == gates - 1;
         V d = is_apart ? d_a[gates] : d_a[g];
-        if (is_apart) add_to(s.d_shift[1] + at.column(s, g), d);
+        if (is_apart) add_to(at.of(s.d_vectors, shift_of(1, g)), d);
         if (is_normed[side]) {
           V hat = normalised(s, at, side, g);
-          add_to(s.d_gain[side] + at.column(s, g), d * hat);
-          d = d * load(s.gain[side] + at.column(s, g));
+          add_to(at.of(s.d_vectors, gain_of(side, g)), d * hat);
+          d = d * load(at.of(s.vectors, gain_of(side, g)));
           add_to(s.sum_at(side * max_gates + g, at.row), d * hat);
         }
-        store(at.in(s, s.d_v[side], g), d);
+        store(at.in(s.d_v[side], g), d);
       }
     }
   }
@@ -140,11 +140,11 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
       pre_activations<has_norm_c ? split : 0, gates>(s, at, a);
       if constexpr (has_norm_c) {
         V hat = (load(at.in(s.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
-        V gain = load(s.gain_c + at.column());
-        Cell::emit_backward(a, hat * gain + load(s.shift_c + at.column()), d_h, d_a, d_inner);
+        V gain = load(at.of(s.vectors, gain_c));
+        Cell::emit_backward(a, hat * gain + load(at.of(s.vectors, shift_c)), d_h, d_a, d_inner);
         if (cell_norm == FESTINA_CARRIED) d_inner += load(at.in(s.d_c_new));
-        add_to(s.d_gain_c + at.column(), d_inner * hat);
-        add_to(s.d_shift_c + at.column(), d_inner);
+        add_to(at.of(s.d_vectors, gain_c), d_inner * hat);
+        add_to(at.of(s.d_vectors, shift_c), d_inner);
         V d_hat = d_inner * gain;
         store(at.in(s.d_seen), d_hat);
         add_to(s.sum_at(sum_of_c, at.row), d_hat);
@@ -158,8 +158,8 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
         V h_old = load(at.in(s.h_old));
         Cell::emit_backward(a, h_old, d_h, d_a, d_inner);
         if constexpr (Cell::is_diagonal) {
-          d_inner += d_a[0] * load(s.diagonal + at.column());
-          add_to(s.d_diagonal + at.column(), d_a[0] * h_old);
+          d_inner += d_a[0] * load(at.of(s.vectors, diagonal));
+          add_to(at.of(s.d_vectors, diagonal), d_a[0] * h_old);
         }
         add_to(at.in(s.d_h), d_inner);
       }

@@ -98,11 +98,15 @@ template <class T> struct Zoneout {
 
   // Cuts the gradient of the mixture into that of the new value and, in place, that of the old one.
   void backward(long token, long first, long end, Blocked<T> d, Blocked<T> d_new, long new_row, long row) const {
+    if (!is_active) {
+      copy_row(d, row, d_new, new_row, first, end);
+      return clear_row(d, first, end, row);
+    }
     for (long n = first; n < end; ++n)
       for (long l = 0; l < chunk<T>; ++l) {
-        T keep = is_active ? kept(token, n * chunk<T> + l) : T(0), &whole = d.at(n, row)[l];
+        T keep = kept(token, n * chunk<T> + l), &whole = d.at(n, row)[l];
         d_new.at(n, new_row)[l] = (1 - keep) * whole;
-        whole = is_active ? keep * whole : T(0);
+        whole *= keep;
       }
   }
 };

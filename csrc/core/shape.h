@@ -84,20 +84,28 @@ template <class T> Shape shape_of(const FestinaCall& call, const Traits& traits)
   return s;
 }
 
+// Vectors lie together, unit after unit, so that a kernel finds all that it needs of a unit behind one pointer; their
+// gradients lie alike. A column of products is numbered likewise: unit * gates + gate.
+enum Vectors { gain_c = 4 * max_gates, shift_c, diagonal, valid, vectors_a_unit };  // valid: 1 below H, 0 past it
+constexpr int gain_of(int side, int gate) { return 2 * (side * max_gates + gate); }
+constexpr int shift_of(int side, int gate) { return gain_of(side, gate) + 1; }
+
+// Vector `which` at hidden unit j.
+template <class T> INLINE T& vector_at(T* vectors, int which, long j) {
+  return vectors[(j / chunk<T> * vectors_a_unit + which) * chunk<T> + j % chunk<T>];
+}
+
 // Weights as the kernels take them, of one direction. Panels: [chunk of columns][row][column within the chunk].
 template <class T> struct Packed {
   T *input, *recurrent, *projection;                 // products of the forward pass
-  T *gain[2], *shift[2], *inner, *gain_c, *shift_c;  // [gates, units], zero past H
-  T *diagonal, *valid;                               // valid: 1 for the columns below H, 0 past them
+  T* vectors;  // [units, vectors_a_unit, chunk], zero past H
+  T* inner;    // [columns, chunk]
 };
 
 template <class T> Packed<T> take_vectors(Arena& arena, const Shape& s) {
   Packed<T> p{};
-  long wide = s.columns() * chunk<T>, narrow = s.units * chunk<T>;
-  for (int side = 0; side < 2; ++side) p.gain[side] = arena.take<T>(wide), p.shift[side] = arena.take<T>(wide);
-  p.inner = arena.take<T>(wide);
-  p.gain_c = arena.take<T>(narrow), p.shift_c = arena.take<T>(narrow);
-  p.diagonal = arena.take<T>(narrow), p.valid = arena.take<T>(narrow);
+  p.vectors = arena.take<T>(s.units * vectors_a_unit * chunk<T>);
+  p.inner = arena.take<T>(s.columns() * chunk<T>);
   return p;
 }
 

@@ -9,12 +9,12 @@ namespace ISA {
 template <class T> struct Raw;
 template <> struct Raw<float> {
   typedef float type __attribute__((vector_size(VECTOR_BYTES)));
-  typedef float loose __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+  typedef float loose __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
   typedef int32_t bits __attribute__((vector_size(VECTOR_BYTES)));
 };
 template <> struct Raw<double> {
   typedef double type __attribute__((vector_size(VECTOR_BYTES)));
-  typedef double loose __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
+  typedef double loose __attribute__((vector_size(VECTOR_BYTES), aligned(8)));
   typedef int64_t bits __attribute__((vector_size(VECTOR_BYTES)));
 };
 

@@ -73,15 +73,20 @@ class Backend(Protocol):
         """
 
 
+ON_REQUEST = {"triton": "not yet measured on a device; backends.use('triton') asks for it"}
+"""Backends that run only where they are forced, each with the reason."""
+
 _forced = os.environ.get("FESTINA_BACKEND", "")
 
 
 @cache
 def registry() -> dict[str, Backend]:
     """Every backend by name, best first. A new one is a line here."""
+    from festina.backends.cpu import CPU
     from festina.backends.eager import EAGER
+    from festina.backends.triton import TRITON
 
-    listed: tuple[Backend, ...] = (EAGER,)
+    listed: tuple[Backend, ...] = (TRITON, CPU, EAGER)
     return {backend.name: backend for backend in listed}
 
 
@@ -103,8 +108,8 @@ def get(name: str) -> Backend:
 
 
 def reasons(case: Case) -> list[tuple[str, str | None]]:
-    """Each backend, best first, with None or the reason why it cannot run the case; the first None wins."""
-    return [(name, backend.can_run(case)) for name, backend in registry().items()]
+    """Each backend, best first, with None or the reason why it is not taken for the case; the first None wins."""
+    return [(name, backend.can_run(case) or ON_REQUEST.get(name)) for name, backend in registry().items()]
 
 
 @lru_cache(maxsize=4096)

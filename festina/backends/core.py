@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from ctypes import POINTER, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,7 @@ PARAMETERS = (
     "bias_c",
 )
 Pointers = c_void_p * (2 * len(PARAMETERS))
+Sizes = c_uint64 * (2 * len(PARAMETERS))
 
 
 class FestinaCall(ctypes.Structure):
@@ -89,11 +91,13 @@ class Library:
 def library() -> Library:
     """The core: the file that `FESTINA_CORE` names, else the one beside this package."""
     named = os.environ.get("FESTINA_CORE")
-    path = Path(named) if named else Path(str(resources.files("festina") / LIBRARY))
-    if path.is_dir():
-        path /= LIBRARY
-    if not path.exists():
-        return Library(None, f"the compiled core is missing: there is no {path}; install festina with a C++17 compiler")
+    # An editable install keeps compiled files in a folder of its own, which is on the package's path too.
+    folders = [named] if named else [str(resources.files("festina")), *sys.modules["festina"].__path__]
+    places = [Path(folder) / LIBRARY if Path(folder).is_dir() else Path(folder) for folder in folders]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        reason = f"the compiled core is missing: there is no {places[0]}; install festina with a C++17 compiler"
+        return Library(None, reason)
     try:
         core = ctypes.CDLL(str(path))
     except OSError as error:
@@ -104,7 +108,7 @@ def library() -> Library:
     core.festina_isas.argtypes = [c_int]
     core.festina_allocate.restype, core.festina_allocate.argtypes = c_void_p, [c_uint64]
     core.festina_free.restype, core.festina_free.argtypes = None, [c_void_p]
-    core.festina_fingerprint.restype, core.festina_fingerprint.argtypes = c_uint64, [c_void_p, c_uint64]
+    core.festina_fingerprint.restype, core.festina_fingerprint.argtypes = c_uint64, [POINTER(FestinaCall), Sizes]
     if core.festina_isa() is None:
         return Library(None, core.festina_error().decode())
     return Library(core, None)
@@ -124,12 +128,12 @@ def functions() -> ctypes.CDLL:
 
 def isa() -> str:
     """The instruction set in use; `FESTINA_ISA` forces one."""
-    return functions().festina_isa().decode()
+    return str(functions().festina_isa().decode())
 
 
 def isas(runnable: bool = False) -> list[str]:
     """The instruction sets compiled in, best first; only those that this CPU runs, if so asked."""
-    return functions().festina_isas(int(runnable)).decode().split()
+    return str(functions().festina_isas(int(runnable)).decode()).split()
 
 
 def check(status: int) -> None:

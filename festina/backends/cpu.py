@@ -6,8 +6,8 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ WORK_A_THREAD = 40_000
 """Multiplications; below, waking another thread takes longer than what it saves."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def constants(layer: LayerSpec) -> dict[str, Any]:
     """The fields of the struct that follow from the layer alone."""
     plan = layer.plan
@@ -46,7 +46,7 @@ def constants(layer: LayerSpec) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def slots(layer: LayerSpec) -> tuple[int, ...]:
     """Where each of a call's parameters stands in the struct's pointers."""
     width = len(core.PARAMETERS)
@@ -98,40 +98,64 @@ class Pointers:
         return tensor.data_ptr()
 
 
-def struct_of(call: Call, which: int, at: Pointers) -> core.FestinaCall:
-    """The struct without outputs, buffers and gradients."""
-    layer = call.layer
-    N, I = call.input.shape
-    _, B, P = call.h_0.shape
-    sizes = call.batch_sizes
-    T = N // B if sizes is None and B else 0 if sizes is None else sizes.shape[0]
-    H = call.parameters[0].shape[0] // len(layer.cell.gates)
+class Template(NamedTuple):
+    """The struct without its tensors, as bytes: calls of one shape start from a copy. And the memory a forward pass needs."""
+
+    struct: bytes
+    packed: int
+    saved: int
+    workspace: int
+
+
+@lru_cache(maxsize=256)
+def template(
+    layer: LayerSpec, dtype: torch.dtype, which: int, sizes: tuple[int, ...], rates: tuple[float, ...]
+) -> Template:
+    """What calls of one layer and shape have in common."""
+    T, B, I, H, P, N, threads = sizes
+    zoneout, zoneout_cell, has_h, has_c = rates
     args = core.FestinaCall(
         call_pass=which,
-        type=TYPES[call.input.dtype],
-        threads=threads_for(N, I, H, P, layer.directions),
+        type=TYPES[dtype],
+        threads=threads,
         T=T,
         B=B,
         I=I,
         H=H,
         P=P,
         N=N,
-        zoneout=call.zoneout,
-        zoneout_cell=call.zoneout_cell,
-        has_zoneout=has_zoneout(call.zoneout_mask, call.zoneout),
-        has_zoneout_cell=has_zoneout(call.zoneout_cell_mask, call.zoneout_cell),
-        batch_sizes=at(sizes),
-        resets=at(call.resets),
-        zoneout_mask=at(call.zoneout_mask),
-        zoneout_cell_mask=at(call.zoneout_cell_mask),
-        input=at(call.input),
-        h_0=at(call.h_0),
-        c_0=at(call.c_0),
+        zoneout=zoneout,
+        zoneout_cell=zoneout_cell,
+        has_zoneout=int(has_h),
+        has_zoneout_cell=int(has_c),
         **constants(layer),
     )
-    for slot, parameter in zip(slots(layer), call.parameters, strict=True):
-        args.parameters[slot] = at(parameter)
-    return args
+    for slot in slots(layer):
+        args.parameters[slot] = CACHE_LINE  # any address: sizes depend on which parameters there are
+    need = bytes_of(args)
+    return Template(bytes(args), need.packed, need.saved, need.workspace)
+
+
+def struct_of(call: Call, which: int, at: Pointers) -> tuple[core.FestinaCall, Template]:
+    """The struct without outputs, buffers and gradients, and what it was made from."""
+    layer = call.layer
+    N, I = call.input.shape
+    _, B, P = call.h_0.shape
+    batch = call.batch_sizes
+    T = batch.shape[0] if batch is not None else N // B if B else 0
+    H = call.parameters[0].shape[0] // len(layer.cell.gates)
+    sizes = (T, B, I, H, P, N, threads_for(N, I, H, P, layer.directions))
+    has = (has_zoneout(call.zoneout_mask, call.zoneout), has_zoneout(call.zoneout_cell_mask, call.zoneout_cell))
+    common = template(layer, call.input.dtype, which, sizes, (call.zoneout, call.zoneout_cell, *has))
+    args = core.FestinaCall.from_buffer_copy(common.struct)
+    args.input, args.h_0, args.c_0 = at(call.input), at(call.h_0), at(call.c_0)
+    for name in ("batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask"):
+        if (tensor := getattr(call, name)) is not None:
+            setattr(args, name, at(tensor))
+    pointers = args.parameters
+    for slot, parameter in zip(slots(layer), call.parameters):
+        pointers[slot] = at(parameter)
+    return args, common
 
 
 def bytes_of(args: core.FestinaCall) -> core.FestinaBytes:
@@ -160,15 +184,14 @@ def new_outputs(call: Call, args: core.FestinaCall) -> Outputs:
     return output, h_n, c_n
 
 
-Marks = list[tuple[int, int, int]]
-
-
 @dataclass(frozen=True)
 class Packed:
     """Weights in the order of the kernels, and what tells whether they still are what the parameters hold."""
 
     parameters: list[weakref.ref[Tensor]]
-    marks: Marks
+    versions: list[int]
+    fingerprint: int
+    sizes: Any
     buffer: Tensor
 
 
@@ -182,26 +205,34 @@ class PackedCache:
     def __init__(self) -> None:
         self._found: dict[int, Packed] = {}
 
-    def marks(self, call: Call) -> Marks | None:
-        """What the parameters look like now; None where no version says when they change."""
-        fingerprint = core.functions().festina_fingerprint
-        if any(p.is_inference() or not p.is_contiguous() for p in call.parameters):
-            return None
-        return [(p._version, p.data_ptr(), fingerprint(p.data_ptr(), p.nbytes)) for p in call.parameters]
-
-    def get(self, call: Call, marks: Marks | None) -> Tensor | None:
+    def get(self, call: Call, args: core.FestinaCall) -> Tensor | None:
         """The packed weights, if they are still true."""
         found = self._found.get(id(call.parameters[0]))
-        if found is None or found.marks != marks:
+        if found is None:
             return None
-        same = all(ref() is p for ref, p in zip(found.parameters, call.parameters, strict=True))
+        for ref, version, p in zip(found.parameters, found.versions, call.parameters):
+            if ref() is not p or p._version != version:
+                return None
+        same = core.functions().festina_fingerprint(args, found.sizes) == found.fingerprint
         return found.buffer if same else None
 
-    def put(self, call: Call, marks: Marks, buffer: Tensor) -> None:
-        first, key = call.parameters[0], id(call.parameters[0])
+    def put(self, call: Call, args: core.FestinaCall, buffer: Tensor) -> None:
+        """Keep what was packed, unless no version or no address could tell when a parameter changes."""
+        parameters = call.parameters
+        if any(p.is_inference() or not p.is_contiguous() for p in parameters):
+            return
+        placed = dict(zip(slots(call.layer), (p.nbytes for p in parameters)))
+        sizes = core.Sizes(*(placed.get(slot, 0) for slot in range(2 * len(core.PARAMETERS))))
+        fingerprint = core.functions().festina_fingerprint(args, sizes)
+        key = id(parameters[0])
         if key not in self._found:
-            weakref.finalize(first, self._found.pop, key, None).atexit = False
-        self._found[key] = Packed([weakref.ref(p) for p in call.parameters], marks, buffer)
+            weakref.finalize(parameters[0], self._found.pop, key, None).atexit = False
+        versions = [p._version for p in parameters]
+        self._found[key] = Packed([weakref.ref(p) for p in parameters], versions, fingerprint, sizes, buffer)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Cpu:
@@ -216,35 +247,30 @@ class Cpu:
         if case.device != "cpu":
             return f"it runs on cpu only, and the input is on {case.device}"
         if case.dtype not in TYPES:
-            return f"it has no {str(case.dtype).removeprefix('torch.')}; use {', '.join(str(t).removeprefix('torch.') for t in TYPES)}"
-        if case.layer.rare:
-            return f"it has no kernel for this norm plan: {case.layer.rare}"
-        return core.library().reason
+            return f"it has no {short(case.dtype)}; use {', '.join(map(short, TYPES))}"
+        return case.layer.rare or core.library().reason
 
     def forward(self, call: Call) -> Outputs:
         at = Pointers()
-        args = struct_of(call, core.INFERENCE, at)
+        args, common = struct_of(call, core.INFERENCE, at)
         outputs = new_outputs(call, args)
-        need = bytes_of(args)
-        marks = self._packed.marks(call)
-        packed = self._packed.get(call, marks)
+        packed = self._packed.get(call, args)
         args.is_packed = packed is not None
         if packed is None:
-            packed = POOL.tensor(need.packed)
+            packed = POOL.tensor(common.packed)
         args.packed = packed.data_ptr()
-        carry_out(args, need.workspace)
-        if marks is not None and not args.is_packed:
-            self._packed.put(call, marks, packed)
+        carry_out(args, common.workspace)
+        if not args.is_packed:
+            self._packed.put(call, args, packed)
         return outputs
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         at = Pointers()
-        args = struct_of(call, core.TRAINING, at)
+        args, common = struct_of(call, core.TRAINING, at)
         outputs = new_outputs(call, args)
-        need = bytes_of(args)
-        packed, saved = POOL.tensor(need.packed), POOL.tensor(need.saved)
+        packed, saved = POOL.tensor(common.packed), POOL.tensor(common.saved)
         args.packed, args.saved = packed.data_ptr(), saved.data_ptr()
-        carry_out(args, need.workspace)
+        carry_out(args, common.workspace)
         return outputs, [saved]
 
     def saved_like(self, call: Call) -> list[Tensor]:
@@ -259,7 +285,7 @@ class Cpu:
         wanted: Sequence[bool],
     ) -> list[Tensor | None]:
         at = Pointers()
-        args = struct_of(call, core.BACKWARD, at)
+        args, _ = struct_of(call, core.BACKWARD, at)
         args.output, args.saved = at(outputs[0]), at(saved[0])
         args.d_output, args.d_h_n, args.d_c_n = (at(d) for d in (*d_outputs, None)[:3])
         gradients = [

@@ -11,7 +11,7 @@ import ctypes
 import os
 import threading
 from collections import OrderedDict
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class Pool:
         return torch.frombuffer(lease, dtype=torch.uint8, count=wanted)
 
 
+@lru_cache(maxsize=4096)
 def rounded(size: int) -> int:
     """`size` rounded up by at most an eighth, so that similar requests share buffers."""
     step = max(ALIGNMENT, 1 << max(size - 1, 1).bit_length() - 4)
@@ -88,7 +89,7 @@ def _give_back(lease: Any) -> None:
     lease.pool.give(lease.address, ctypes.sizeof(lease))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _lease_type(size: int) -> Any:
     """An owner of `size` bytes for `torch.frombuffer` to hold on to. There are eight sizes to a power of two."""
     return type("Lease", (ctypes.c_char * size,), {"__del__": _give_back})

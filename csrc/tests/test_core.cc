@@ -1,0 +1,110 @@
+// Sigmoid and tanh in ulps, not-a-number through both, and products of every tail: one program for each instruction set,
+// run by tests/test_cpu.py. Prints what failed; exits with the number of failures.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <initializer_list>
+
+#include VECTOR_HEADER
+#include "../core/gemm.h"
+#include "../core/math.h"
+
+namespace ISA {
+
+int failures = 0;
+
+template <class T> double ulps(T got, long double want) {
+  T next = sizeof(T) == 4 ? (T)nextafterf((float)fabsl(want), INFINITY) : (T)nextafter((double)fabsl(want), INFINITY);
+  return (double)(fabsl(got - want) / (next - (T)fabsl(want)));
+}
+
+// The largest error of a function over [-limit, limit], in steps that double towards zero as well.
+template <class T, class Function, class Truth>
+void check(const char* name, Function function, Truth truth, double limit, double allowed) {
+  double worst = 0, worst_at = 0;
+  auto at = [&](T x) {
+    double error = ulps(function(broadcast(x)).v[0], truth((long double)x));
+    if (!(error <= worst)) worst = error, worst_at = (double)x;
+  };
+  for (int i = -200000; i <= 200000; ++i) at((T)(limit * i / 200000));
+  for (double x = limit; x > 1e-30; x *= 0.97) at((T)x), at((T)-x);
+  bool is_nan = isnan((double)function(broadcast((T)NAN)).v[0]);
+  printf("%s<%zu>: %.2f ulp at %g%s\n", name, sizeof(T), worst, worst_at, is_nan ? "" : ", and loses NaN");
+  failures += !(worst <= allowed) + !is_nan;
+}
+
+template <class T> void check_functions() {
+  double limit = sizeof(T) == 4 ? 86 : 700;
+  check<T>("sigmoid", [](Vec<T> x) { return sigmoid(x); }, [](long double x) { return 1 / (1 + expl(-x)); }, limit, 3.5);
+  check<T>("tanh", [](Vec<T> x) { return tanh(x); }, [](long double x) { return tanhl(x); }, limit, 3);
+}
+
+template <class T> T* numbers(long count) {
+  T* p = (T*)aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
+  for (long i = 0; i < count; ++i) p[i] = (T)(rand() % 2001 - 1000) / 1000;
+  return p;
+}
+
+// c [rows, chunks] += a [rows, depth] b, against plain loops. `stride` 1: rows of a one after the other; else a is blocked.
+template <class T, int stride> void check_product(long rows, long chunks, long depth, bool is_added) {
+  constexpr long C = chunk<T>;
+  long across = padded_rows(stride == 1 ? rows : depth), columns = (chunks * C), blocks = ceil_div(stride == 1 ? depth : rows, C);
+  T *a = numbers<T>(blocks * across * C), *b = numbers<T>(chunks * depth * C + C), *c = numbers<T>(rows * columns);
+  T *before = numbers<T>(rows * columns), *squares = numbers<T>(2 * rows * lanes<T>);
+  long *left = (long*)malloc(rows * sizeof(long)), *target = (long*)malloc(rows * sizeof(long));
+  memcpy(before, c, rows * columns * sizeof(T));
+  memset(squares, 0, 2 * rows * lanes<T> * sizeof(T));
+  for (long r = 0; r < rows; ++r) {
+    left[r] = stride == 1 ? r * C : r / C * across * C + r % C;
+    target[r] = r * columns;
+  }
+  multiply<T, stride>({a, left, stride == 1 ? across * C : C * C}, rows, {b, depth * C}, chunks, depth, {c, target, C},
+                      is_added, {squares, rows * lanes<T>, 2, 0, 0});
+  for (long r = 0; r < rows; ++r) {
+    double square[2] = {0, 0}, got[2] = {0, 0};
+    for (long n = 0; n < columns; ++n) {
+      double want = is_added ? before[r * columns + n] : 0, size = 1;
+      for (long k = 0; k < depth; ++k) {
+        double x = stride == 1 ? a[(k / C * across + r) * C + k % C] : a[left[r] + k * C];
+        want += x * b[(n / C * depth + k) * C + n % C];
+        size += fabs(x);
+      }
+      square[n / C % 2] += want * want;
+      if (!(fabs(c[r * columns + n] - want) <= size * (sizeof(T) == 4 ? 1e-6 : 1e-14))) {
+        printf("product<%zu> %ldx%ldx%ld stride %d: (%ld, %ld) is %g, not %g\n", sizeof(T), rows, chunks, depth, stride, r, n,
+               (double)c[r * columns + n], want);
+        ++failures;
+        r = rows - 1, n = columns;
+      }
+    }
+    for (int g = 0; g < 2; ++g) {
+      for (int l = 0; l < lanes<T>; ++l) got[g] += squares[(g * rows + r) * lanes<T> + l];
+      if (!(fabs(got[g] - square[g]) <= (1 + square[g]) * (sizeof(T) == 4 ? 1e-4 : 1e-12))) ++failures, printf("squares differ\n");
+    }
+  }
+  free(a), free(b), free(c), free(before), free(squares), free(left), free(target);
+}
+
+template <class T> void check_products() {
+  for (long rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 33})
+    for (long chunks : {1, 2, 3, 4, 5, 7})
+      for (long depth : {1, 2, 7, 15, 16, 17, 33, 256, 257, 300})
+        for (bool is_added : {false, true}) {
+          check_product<T, 1>(rows, chunks, depth, is_added);
+          check_product<T, chunk<T>>(rows, chunks, depth, is_added);
+        }
+}
+
+int run() {
+  check_functions<float>();
+  check_functions<double>();
+  check_products<float>();
+  check_products<double>();
+  return failures;
+}
+
+}  // namespace ISA
+
+int main() { return ISA::run() ? 1 : 0; }

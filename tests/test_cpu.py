@@ -1,0 +1,306 @@
+"""The compiled core on its own: what `test_backends.py`, which every backend goes through, cannot see from outside.
+
+Instruction sets and numbers of threads in turn, the lanes of AVX-512 on vectors made of AVX2 registers, sigmoid, tanh and
+products in C++, long sequences in float32, wrong structs, packed weights, and the free list.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES
+from threadpoolctl import threadpool_info
+
+from festina import norms, reference
+from festina.backends import core, cpu
+from festina.backends.cpu import CPU, saved_bytes
+from festina.backends.pool import POOL, Pool
+from festina.reference import Call
+from festina.testing import TOLERANCES, Case, evaluate, widened, worst
+
+pytestmark = pytest.mark.skipif(core.library().reason is not None, reason=str(core.library().reason))
+
+ROOT = Path(__file__).parents[1]
+MARGIN = 10
+
+
+class Recurrence(torch.autograd.Function):
+    """The backend under autograd, without the operators."""
+
+    @staticmethod
+    def forward(ctx, call, *tensors):
+        outputs, saved = CPU.forward_train(call.with_tensors(tensors))
+        ctx.call = call.with_tensors(tensors)
+        ctx.outputs, ctx.saved = outputs, saved
+        return tuple(out for out in outputs if out is not None)
+
+    @staticmethod
+    def backward(ctx, *d_outputs):
+        d_outputs = (*d_outputs, None)[:3]
+        return None, *CPU.backward(ctx.call, ctx.outputs, ctx.saved, d_outputs, ctx.needs_input_grad[1:])
+
+
+def run(call: Call):
+    outputs = Recurrence.apply(call, *call.tensors())
+    return (*outputs, None)[:3]
+
+
+def differs(case: Case) -> tuple[float, str]:
+    call, cotangents = case.build()
+    return worst(evaluate(run, call, cotangents), evaluate(reference.run, widened(call), cotangents))
+
+
+# Rows and units enough to be split among threads in either way, and not evenly.
+SPLIT = [
+    Case("lstm", norms.HASTE, T=5, B=3, I=9, H=70, features=("zoneout", "resets")),
+    Case("lstm", norms.HASTE, T=5, B=37, I=9, H=40, features=("ragged", "resets", "bidirectional")),
+    Case("lstm", norms.ICEFALL, T=5, B=2, I=9, H=70, P=33, features=("bidirectional", "zoneout_cell")),
+    Case("lstm", norms.FASTRNNS, T=5, B=17, I=9, H=33, features=("expectation", "idle", "ragged")),
+    Case("lstm", norms.NONE, T=4, B=1, I=9, H=70, P=5),
+    Case("gru", norms.HASTE, T=5, B=3, I=9, H=70, features=("ragged", "zoneout")),
+    Case("gru", norms.NONE, T=5, B=33, I=9, H=33, features=("bidirectional",)),
+    Case("gru", norms.DREAMER, T=5, B=3, I=9, H=70, features=("resets",)),
+    Case("indrnn", norms.HASTE, T=5, B=3, I=9, H=70, features=("resets", "bidirectional")),
+    Case("indrnn_relu", norms.NONE, T=5, B=17, I=9, H=33),
+]
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", SPLIT, ids=str)
+def test_threads_share_the_work(case, dtype, threads, monkeypatch):
+    monkeypatch.setattr(cpu, "threads_for", lambda *_: threads)
+    case = replace(case, dtype=dtype)
+    found, name = differs(case)
+    assert found <= TOLERANCES[dtype], f"{name} differs by {found:.2e}"
+
+
+OTHERS = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from test_cpu import BY_ISA, differs
+from festina.backends import core
+from festina.testing import TOLERANCES
+assert core.isa() == sys.argv[1], core.isa()
+for case in BY_ISA:
+    found, name = differs(case)
+    assert found <= TOLERANCES[case.dtype], f"{case}: {name} differs by {found:.2e}"
+"""
+
+BY_ISA = [case for case in CASES if case.dtype == torch.float32][::17] + [
+    replace(case, dtype=dtype) for case in SPLIT for dtype in (torch.float32, torch.float64)
+]
+
+
+def isas() -> list[str]:
+    return core.isas(runnable=True) if core.library().reason is None else []
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_every_instruction_set_agrees_with_the_reference(isa):
+    done = subprocess.run(
+        [sys.executable, "-c", OTHERS, isa],
+        env={**os.environ, "FESTINA_ISA": isa},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_instruction_set_that_cannot_be_used_is_refused():
+    code = "from festina.backends import core; print(core.library().reason)"
+    environment = {**os.environ, "FESTINA_ISA": "avx1024"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.startswith("FESTINA_ISA is avx1024, but this CPU runs: "), done.stdout + done.stderr
+
+
+FLAGS = {"baseline": [], "avx2": ["-march=x86-64-v3"], "wide": ["-march=x86-64-v3", "-Wno-psabi"], "neon": []}
+
+
+@pytest.mark.parametrize("isa", sorted({*isas(), *(["wide"] if "avx2" in isas() else [])} & set(FLAGS)))
+def test_functions_and_products_in_cpp(isa, tmp_path):
+    """Sigmoid within 3.5 ulp, tanh within 3, NaN through both, products with every tail."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++")
+    program = tmp_path / "test_core"
+    macros = [f"-DISA={isa}", f'-DVECTOR_HEADER="../simd/{isa}.h"']
+    options = ["-std=gnu++17", "-O2", "-fno-math-errno", "-fno-trapping-math", *FLAGS[isa], *macros]
+    subprocess.run([compiler, *options, str(ROOT / "csrc/tests/test_core.cc"), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_long_sequences_are_as_exact_as_eager(cell):
+    """In float32 the error of a long sequence is at most 1.5 times what eager float32 makes."""
+    call, cotangents = Case(cell, norms.HASTE, T=100, B=3, I=20, H=48).build()
+    want = evaluate(reference.run, widened(call), cotangents)
+    ours, name = worst(evaluate(run, call, cotangents), want)
+    eagers, _ = worst(evaluate(reference.run, call, cotangents), want)
+    assert ours <= 1.5 * max(eagers, 1e-6), f"{name}: {ours:.2e}, eager: {eagers:.2e}"
+
+
+@pytest.mark.parametrize("case", SPLIT, ids=str)
+def test_bfloat16_is_as_exact_as_eager(case):
+    call, cotangents = replace(case, dtype=torch.bfloat16).build()
+    want = evaluate(reference.run, widened(call), cotangents)
+    ours, name = worst(evaluate(run, call, cotangents), want)
+    eagers, _ = worst(evaluate(reference.run, call, cotangents), want)
+    assert ours <= 1.5 * eagers, f"{name}: {ours:.2e}, eager: {eagers:.2e}"
+
+
+LOUD = norms.NormPlan("separate", "gate", "readout", eps=0.1, inner_bias=True)
+WRONG = {
+    "eps": {"eps": 0.11},
+    "groups": {"groups": 0},
+    "kind": {"rms": 1},
+    "carried": {"cell_norm": 2},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_kernel_is_caught(wrong, monkeypatch):
+    """The core is told of another plan than the reference: by far more than the tolerance."""
+    case = Case("lstm", LOUD, T=3, B=3, H=9)
+    assert differs(case)[0] <= TOLERANCES[torch.float32]
+    right = cpu.constants(case.layer)
+    cpu.template.cache_clear()
+    monkeypatch.setattr(cpu, "constants", lambda _: {**right, **WRONG[wrong]})
+    found, _ = differs(case)
+    cpu.template.cache_clear()
+    assert found > MARGIN * TOLERANCES[torch.float32]
+
+
+def test_an_ignored_reset_and_an_ignored_mask_are_caught(monkeypatch):
+    case = Case("lstm", norms.HASTE, T=4, B=3, H=9, features=("resets", "zoneout"))
+    call, cotangents = case.build()
+    want = evaluate(reference.run, widened(call), cotangents)
+    for lost in ("resets", "zoneout_mask"):
+        assert (
+            worst(evaluate(run, replace(call, **{lost: None}), cotangents), want)[0]
+            > MARGIN * TOLERANCES[torch.float32]
+        )
+
+
+def test_nan_goes_through_and_stays_in_its_row():
+    call, _ = Case("lstm", norms.HASTE, T=3, B=3, I=5, H=17).build()
+    call.input[1, 2] = torch.nan
+    output, h_n, _ = CPU.forward(call)
+    assert output.view(3, 3, 17)[:, 1].isnan().all()
+    assert not output.view(3, 3, 17)[:, [0, 2]].isnan().any()
+    assert h_n[0, 1].isnan().all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)], ids=["no steps", "no rows"])
+def test_nothing_to_do(sizes):
+    _, B = sizes
+    call, _ = Case("lstm", norms.HASTE, T=2, B=3, H=9).build()
+    call = replace(call, input=call.input[:0], h_0=call.h_0[:, :B], c_0=call.c_0[:, :B])
+    outputs, saved = CPU.forward_train(call)
+    assert torch.equal(outputs[1], call.h_0)
+    assert torch.equal(outputs[2], call.c_0)
+    d_outputs = [torch.ones_like(out) for out in outputs]
+    d_input, d_h_0, d_c_0, *rest = CPU.backward(call, outputs, saved, d_outputs, [True] * len(call.tensors()))
+    assert d_input.shape == call.input.shape
+    assert torch.equal(d_h_0, d_outputs[1])
+    assert torch.equal(d_c_0, d_outputs[2])
+    assert not any(d.any() for d in rest)
+
+
+@pytest.mark.parametrize("case", [*SPLIT, *CASES[::29]], ids=str)
+def test_what_is_saved_has_the_size_that_is_foretold(case):
+    call, _ = case.build()
+    _, (saved,) = CPU.forward_train(call)
+    assert saved.numel() == saved_bytes(call) == CPU.saved_like(call)[0].numel()
+
+
+def test_at_most_36_bytes_a_unit_are_saved():
+    """Beside them, 16 bytes a step for the statistics, and the padding of steps and units to whole cache lines."""
+    call, _ = Case("lstm", norms.HASTE, T=100, B=32, I=8, H=256).build()
+    assert saved_bytes(call) <= 3208 * (36 * 256 + 16)
+
+
+def test_packed_weights_follow_the_parameters():
+    call, _ = Case("lstm", norms.HASTE, T=2, B=3, H=9).build()
+    weight = call.parameters[0]
+
+    def fresh():
+        return CPU.forward(call.with_tensors([t.clone() for t in call.tensors()]))[0]
+
+    before = CPU.forward(call)[0]
+    assert torch.equal(CPU.forward(call)[0], before)
+    for change in (lambda: weight.mul_(1.5), lambda: weight.data.add_(0.5), lambda: weight.set_(weight + 1)):
+        change()
+        now = CPU.forward(call)[0]
+        assert not torch.equal(now, before)
+        assert torch.equal(now, fresh())
+        before = now
+
+
+def test_packed_weights_go_with_their_parameters():
+    call, _ = Case("lstm", norms.HASTE, T=2, B=3, H=9).build()
+    CPU.forward(call)
+    key = id(call.parameters[0])
+    assert key in CPU._packed._found
+    del call
+    gc.collect()
+    assert key not in CPU._packed._found
+
+
+def test_one_openmp_serves_torch_and_the_core():
+    torch.zeros(1000, 1000).sum()
+    CPU.forward(Case("lstm", norms.HASTE, T=2, B=3, H=9).build()[0])
+    libraries = {Path(info["filepath"]).resolve() for info in threadpool_info() if info["user_api"] == "openmp"}
+    assert len(libraries) == 1
+
+
+def test_a_struct_of_another_version_is_refused():
+    args = core.FestinaCall(bytes=8, version=0)
+    with pytest.raises(RuntimeError, match="reinstall festina"):
+        cpu.bytes_of(args)
+
+
+def test_buffers_are_used_again_and_bounded():
+    pool = Pool(limit=3 * 2**20)
+    one, two = pool.tensor(2**20), pool.tensor(2**20)
+    address = one.data_ptr()
+    assert address % 64 == 0
+    view = one[5:]
+    del one
+    assert pool.idle == 0, "a view keeps the buffer"
+    del view
+    assert pool.tensor(2**20).data_ptr() == address
+    large = [pool.tensor(2 * 2**20) for _ in range(3)]
+    del large, two
+    gc.collect()
+    assert 0 < pool.idle <= pool.limit
+
+
+def test_no_buffer_is_kept_when_the_pool_is_off():
+    pool = Pool(limit=0)
+    tensor = pool.tensor(100_000)
+    tensor.fill_(1)
+    del tensor
+    assert pool.idle == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_a_pool_of_its_own():
+    POOL.give(*POOL.take(100_000))
+    with POOL._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if POOL.idle == 0 and POOL.take(100_000)[0] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
