@@ -22,7 +22,7 @@ I, H = 5, 6
 RMS = NormPlan("separate", groups="gate", cell="carried", kind="rms")
 STACK: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
 
-# What is exported, as the operators it must hold; `slow` marks what only repeats another's path through the exporter.
+# What is exported, as the operators it must hold; `full` marks what only repeats another's path through the exporter.
 LAYERS: list[Any] = [
     pytest.param(festina.LSTM, {"batch_first": True, **STACK}, {"LSTM"}, id="lstm-two-layers-bidirectional"),
     pytest.param(festina.GRU, {}, {"GRU"}, id="gru"),
@@ -30,7 +30,7 @@ LAYERS: list[Any] = [
     pytest.param(festina.LayerNormLSTM, {"bidirectional": True}, {"Scan"}, id="lstm-haste-bidirectional"),
     pytest.param(festina.GRU, {"norm": norms.DREAMER, "batch_first": True}, {"Scan"}, id="gru-dreamer"),
     *(
-        pytest.param(layer, options, operators, id=name, marks=pytest.mark.slow)
+        pytest.param(layer, options, operators, id=name, marks=pytest.mark.full)
         for name, layer, options, operators in [
             ("lstm-haste-two-layers-bidirectional", festina.LayerNormLSTM, STACK, {"Scan"}),
             ("lstm-icefall-projection", festina.LSTM, {"proj_size": 3, "norm": norms.ICEFALL}, {"Scan"}),

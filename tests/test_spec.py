@@ -47,12 +47,18 @@ def test_state_dict_of_a_cell_is_that_of_torch_nn(name):
 I, H, P = 3, 5, 4
 NORMED = {
     (LSTM, norms.HASTE): {"gain_ih": (20,), "gain_hh": (20,), "gain_c": (5,), "bias_c": (5,)},
-    (LSTM, norms.TORCHAUDIO): {"gain": (20,), "bias": (20,), "gain_c": (5,), "bias_c": (5,)},
-    (LSTM, norms.ICEFALL): {"gain": (20,), "bias": (20,), "bias_inner": (20,), "gain_c": (5,), "bias_c": (5,)},
+    (LSTM, norms.TORCHAUDIO): {"gain_joint": (20,), "bias_joint": (20,), "gain_c": (5,), "bias_c": (5,)},
+    (LSTM, norms.ICEFALL): {
+        "gain_joint": (20,),
+        "bias_joint": (20,),
+        "bias_inner": (20,),
+        "gain_c": (5,),
+        "bias_c": (5,),
+    },
     (LSTM, NormPlan("separate", inner_bias=True)): {"gain_ih": (20,), "gain_hh": (20,), "bias_inner": (20,)},
     (LSTM, NormPlan(cell="readout")): {"gain_c": (5,), "bias_c": (5,)},
     (GRU, norms.HASTE): {"gain_ih": (15,), "gain_hh": (15,)},
-    (GRU, norms.DREAMER): {"gain": (15,), "bias": (15,)},
+    (GRU, norms.DREAMER): {"gain_joint": (15,), "bias_joint": (15,)},
     (INDRNN, norms.HASTE): {"gain_ih": (5,)},
 }
 
@@ -102,12 +108,12 @@ def test_gates_stand_in_the_order_of_torch_nn():
 
 def test_shift_and_norm_shifts():
     assert LayerSpec(LSTM, norms.HASTE).norm_shifts == {"bias_ih", "bias_hh", "bias_c"}
-    assert LayerSpec(LSTM, norms.ICEFALL).norm_shifts == {"bias", "bias_c"}
+    assert LayerSpec(LSTM, norms.ICEFALL).norm_shifts == {"bias_joint", "bias_c"}
     assert LayerSpec(LSTM).norm_shifts == frozenset()
     assert [LayerSpec(LSTM, plan).shift for plan in (norms.NONE, norms.HASTE, norms.ICEFALL)] == [
         "bias_ih",
         "bias_ih",
-        "bias",
+        "bias_joint",
     ]
     assert LayerSpec(LSTM, bias=False).shift is None
 
