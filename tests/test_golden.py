@@ -93,8 +93,8 @@ def icefall_lstm(p: Parameters) -> Parameters:
         "weight_ih": p["weight_ih"],
         "weight_hh": p["weight_hh"],
         "weight_hr": p["weight_hr"],
-        "gain": torch.cat([p[f"layernorm_{gate}.weight"] for gate in gates]),
-        "bias": torch.cat([p[f"layernorm_{gate}.bias"] for gate in gates]),
+        "gain_joint": torch.cat([p[f"layernorm_{gate}.weight"] for gate in gates]),
+        "bias_joint": torch.cat([p[f"layernorm_{gate}.bias"] for gate in gates]),
         "bias_inner": p["bias_ih"] + p["bias_hh"],
         "gain_c": p["layernorm_cy.weight"],
         "bias_c": p["layernorm_cy.bias"],
@@ -107,8 +107,8 @@ def sheeprl_gru(p: Parameters) -> Parameters:
     return {
         "weight_ih": reordered(p["linear.weight"].T, rnz)[:, H:],
         "weight_hh": reordered(p["linear.weight"].T, rnz)[:, :H],
-        "gain": reordered(p["layer_norm.weight"], rnz),
-        "bias": reordered(p["layer_norm.bias"], rnz),
+        "gain_joint": reordered(p["layer_norm.weight"], rnz),
+        "bias_joint": reordered(p["layer_norm.bias"], rnz),
         "bias_inner": reordered(p["linear.bias"], rnz),
     }
 

@@ -187,7 +187,7 @@ def x_normalised_before_the_joint_norm(patch):
     true = reference.project
 
     def project(layer, input, p):
-        return reference.normalize(true(layer, input, p), layer.plan, p["gain"], p["bias"])
+        return reference.normalize(true(layer, input, p), layer.plan, p["gain_joint"], p["bias_joint"])
 
     patch.setattr(reference, "project", project)
 

