@@ -69,6 +69,9 @@ def test_info_json_gives_every_backend_a_state(capsys):
     states = {state["backend"]: state["reasons"]["cpu"] for state in facts["backends"]}
     assert list(states) == list(festina.backends.names())
     assert states["eager"] is None, "the reference runs everywhere"
+    isas = {state["backend"]: state["isa"] for state in facts["backends"]}
+    assert isas["eager"] is None
+    assert (isas["cpu"] is None) == (states["cpu"] is not None), "a core that runs says how"
 
 
 def test_version(capsys):

@@ -295,6 +295,18 @@ def test_no_buffer_is_kept_when_the_pool_is_off():
     assert pool.idle == 0
 
 
+def test_idle_buffers_can_be_released():
+    pool = Pool(limit=2**20)
+    kept, idle = pool.tensor(100_000), pool.tensor(100_000)
+    kept.fill_(7)
+    del idle
+    assert pool.idle > 0
+    pool.release()
+    assert pool.idle == 0
+    pool.tensor(100_000).fill_(1)
+    assert (kept == 7).all()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_has_a_pool_of_its_own():

@@ -7,7 +7,7 @@ never falls back in silence.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -105,6 +105,12 @@ def get(name: str) -> Backend:
         return registry()[name]
     except KeyError:
         raise BackendError(f"there is no backend {name!r}; there are {', '.join(names())}") from None
+
+
+def isa(name: str) -> str | None:
+    """The instruction set in use by a backend whose kernels come per instruction set; None for the others."""
+    of: Callable[[], str | None] | None = getattr(get(name), "isa", None)
+    return of() if of else None
 
 
 def reasons(case: Case) -> list[tuple[str, str | None]]:

@@ -250,6 +250,14 @@ class Cpu:
             return f"it has no {short(case.dtype)}; use {', '.join(map(short, TYPES))}"
         return case.layer.rare or core.library().reason
 
+    def isa(self) -> str | None:
+        """The instruction set that the kernels use; None where there is no core."""
+        return core.isa() if core.library().functions else None
+
+    def release_memory(self) -> None:
+        """Free the buffers that lie idle for later calls."""
+        POOL.release()
+
     def forward(self, call: Call) -> Outputs:
         at = Pointers()
         args, common = struct_of(call, core.INFERENCE, at)

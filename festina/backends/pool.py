@@ -68,6 +68,14 @@ class Pool:
         for oldest in surplus:
             core.functions().festina_free(oldest)
 
+    def release(self) -> None:
+        """Free every idle buffer."""
+        with self._lock:
+            surplus, self.idle = list(self._free), 0
+            self._free.clear()
+        for address in surplus:
+            core.functions().festina_free(address)
+
     def tensor(self, wanted: int) -> Tensor:
         """A `uint8` tensor on a buffer, which goes back when the last tensor on it is dropped."""
         if not wanted:

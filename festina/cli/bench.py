@@ -223,11 +223,12 @@ def record(point: Point, name: str, device: str, found: Race, conditions: dict[s
     ours = found.time_us["festina"]
     layer, _ = layers(point, "meta")
     gflops = point.gflop(name != "forward") / (ours.median * 1e-6)
-    case = backends.Case(layer.spec, DTYPES[point.dtype], device)
+    backend = backends.select(backends.Case(layer.spec, DTYPES[point.dtype], device), backends.forced())
     return {
         "case": str(point),
         "pass": name,
-        "backend": backends.select(case, backends.forced()),
+        "backend": backend,
+        "isa": backends.isa(backend),
         "median_us": round(ours.median, 1),
         "p20_us": round(ours.p20, 1),
         "p80_us": round(ours.p80, 1),

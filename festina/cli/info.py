@@ -50,9 +50,7 @@ def backend_states() -> list[dict[str, Any]]:
         reasons = {}
         for kind in dict.fromkeys(found["device"].partition(":")[0] for found in devices()):
             reasons[kind] = dict(backends.explain(layer, torch.empty(1, 1, 8, device=kind)))[name]
-        # A backend whose kernels come per instruction set says which one it picked.
-        isa = getattr(backends.get(name), "isa", None)
-        states.append({"backend": name, "reasons": reasons, "isa": isa() if callable(isa) else isa})
+        states.append({"backend": name, "reasons": reasons, "isa": backends.isa(name)})
     return states
 
 
