@@ -295,6 +295,16 @@ def test_no_buffer_is_kept_when_the_pool_is_off():
     assert pool.idle == 0
 
 
+def test_a_process_ends_without_a_word_while_buffers_are_in_use():
+    code = (
+        "import torch, festina\n"
+        "cell = festina.LayerNormLSTMCell(3, 5)\n"
+        "with torch.inference_mode(): cell(torch.zeros(1, 3))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == ""
+
+
 def test_idle_buffers_can_be_released():
     pool = Pool(limit=2**20)
     kept, idle = pool.tensor(100_000), pool.tensor(100_000)

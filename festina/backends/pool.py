@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -93,8 +95,9 @@ def rounded(size: int) -> int:
     return -(-size // step) * step
 
 
-def _give_back(lease: Any) -> None:
-    lease.pool.give(lease.address, ctypes.sizeof(lease))
+def _give_back(lease: Any, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+    if not is_finalizing():  # then this module's own names may be gone, and the system takes everything back
+        lease.pool.give(lease.address, ctypes.sizeof(lease))
 
 
 @cache
