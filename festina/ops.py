@@ -207,9 +207,19 @@ def run(call: Call) -> backends.Outputs:
     """Carry out a call: by the operator where somebody watches, else without the dispatcher, which costs more than a cell.
 
     Raises:
+        ValueError: its tensors are not of one type on one device; a kernel takes their addresses on trust.
         festina.backends.BackendError: a backend was forced that cannot run this call.
     """
     tensors = call.tensors()
+    dtype, device = call.input.dtype, call.input.device
+    for at, tensor in enumerate(tensors):
+        if tensor.dtype != dtype or tensor.device != device:
+            names = ("input", *(f"{state}_0" for state in call.layer.cell.states))
+            name = (*names, *(call.layer.parameter_names * call.layer.directions))[at]
+            raise ValueError(
+                f"{name} must be {dtype} on {device} as the input, got {tensor.dtype} on {tensor.device}; "
+                f"call .to('{device}', {dtype}) on the whole layer"
+            )
     if _is_watched(tensors):
         output, state = torch.ops.festina.recurrence(*arguments(call))
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

@@ -398,6 +398,19 @@ def test_functional(cell: str, parameters: Any, options: dict[str, Any], error: 
         functional.layer(cell, X, parameters, **options)
 
 
+@pytest.mark.parametrize("name", ["weight_hh", "gain_hh", "bias_c"])
+def test_a_parameter_of_another_type_is_named(name: str) -> None:
+    layer = festina.LayerNormLSTM(I, H)
+    parameter = getattr(layer, f"{name}_l0")
+    parameter.data = parameter.data.double()
+    with pytest.raises(
+        ValueError, match=rf"{name} must be torch.float32 on cpu as the input, got torch.float64 on cpu; call"
+    ):
+        layer(X)
+    with torch.inference_mode(), pytest.raises(ValueError, match=f"{name} must be torch.float32"):
+        layer.cell()(X[0])
+
+
 def test_backend_by_name() -> None:
     with (
         pytest.raises(backends.BackendError, match=r"there is no backend 'cudnn'; there are .*eager"),
