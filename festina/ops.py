@@ -81,6 +81,11 @@ def _listed(outputs: backends.Outputs) -> tuple[Tensor, list[Tensor]]:
     return output, [h_n] if c_n is None else [h_n, c_n]
 
 
+def _outputs(output: Tensor, state_n: Sequence[Tensor]) -> backends.Outputs:
+    """What `_listed` took apart."""
+    return output, state_n[0], state_n[1] if len(state_n) > 1 else None
+
+
 def _recurrence(*args: Any) -> tuple[Tensor, list[Tensor]]:
     backend, call = _parse(args)
     return _listed(backend.forward(call))
@@ -95,8 +100,7 @@ def _recurrence_train(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
 def _recurrence_backward(*args: Any) -> list[Tensor]:
     *call_args, output, state_n, saved, d_output, d_h_n, d_c_n, wanted = args
     backend, call = _parse(tuple(call_args))
-    outputs = (output, state_n[0], state_n[1] if len(state_n) > 1 else None)
-    found = backend.backward(call, outputs, saved, (d_output, d_h_n, d_c_n), wanted)
+    found = backend.backward(call, _outputs(output, state_n), saved, (d_output, d_h_n, d_c_n), wanted)
     return [call.input.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
@@ -168,8 +172,7 @@ class _Recurrence(torch.autograd.Function):
                     *args, output, state_n, saved, d_output, d_h_n, d_c_n, wanted
                 )
             else:
-                outputs = (output, state_n[0], state_n[1] if len(state_n) > 1 else None)
-                found = backend.backward(call, outputs, saved, d_all, wanted)
+                found = backend.backward(call, _outputs(output, state_n), saved, d_all, wanted)
         return (None, None, *(gradient if want else None for gradient, want in zip(found, wanted, strict=True)))
 
     @staticmethod
@@ -221,20 +224,28 @@ def run(call: Call) -> backends.Outputs:
                 f"call .to('{device}', {dtype}) on the whole layer"
             )
     if _is_watched(tensors):
-        output, state = torch.ops.festina.recurrence(*arguments(call))
-    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        output, state = _recurrence_autograd(*arguments(call))
-    else:
-        return backends.get(backends.select(backends.Case.of(call), backends.forced())).forward(call)
-    return output, state[0], state[1] if len(state) > 1 else None
+        return _outputs(*torch.ops.festina.recurrence(*arguments(call)))
+    if _is_recorded(tensors):
+        return _outputs(*_record(*arguments(call)))
+    return backends.get(backends.select(backends.Case.of(call), backends.forced())).forward(call)
+
+
+def _is_recorded(tensors: Sequence[Tensor]) -> bool:
+    """Autograd follows these tensors."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _record(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    """The operator as a node of autograd's graph."""
+    *options, input, state, parameters = args
+    output, *state_n = _Recurrence.apply(tuple(options), len(state), input, *state, *parameters)  # type: ignore[no-untyped-call]
+    return output, state_n
 
 
 def _recurrence_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    *options, input, state, parameters = args
-    tensors = (input, *state, *parameters)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        output, *state_n = _Recurrence.apply(tuple(options), len(state), *tensors)  # type: ignore[no-untyped-call]
-        return output, state_n
+    *_, input, state, parameters = args
+    if _is_recorded((input, *state, *parameters)):
+        return _record(*args)
     with torch._C._AutoDispatchBelowAutograd():
         result: tuple[Tensor, list[Tensor]] = torch.ops.festina.recurrence(*args)
     return result
