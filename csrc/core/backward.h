@@ -5,16 +5,16 @@
 
 namespace ISA {
 
-// Shared by all threads, of one direction; matrices of N rows hold every step.
+// Shared by all threads, of one direction. The recurrence goes back over a stretch of steps and leaves in slots what
+// gradients of weights and input are made of; these are summed while the slots are still in the cache.
 template <class T> struct BackwardBuffers {
   Packed<T> vectors;
   Saved<T> saved;
-  T *recurrent, *input, *projection;        // panels of the products of the backward pass
-  Blocked<T> d_v[2], h_old, unprojected;    // N rows
-  Blocked<T> d_h, d_h_new, d_h_projected;   // d_h_projected: N rows
-  Blocked<T> d_c, d_c_new, d_seen, c_old;
-  T* means[2];
-  T *d_weight[3];  // of weight_ih, weight_hh, weight_hr, where they cannot be summed in place
+  T *recurrent, *input, *projection;  // panels of the products of the backward pass
+  Blocked<T> d_v[2], x, h_old, unprojected, d_h_projected;  // by slot
+  long* token_of;                                           // by slot
+  Blocked<T> d_h, d_h_new, d_c, d_c_new, d_seen, c_old;
+  T* d_weight[3];  // of weight_ih, weight_hh, weight_hr, where they cannot be summed in place
   T* d_inner;      // [columns, chunk]
 };
 
@@ -44,19 +44,21 @@ template <class T> BackwardBuffers<T> take_backward(Arena& arena, Arena& saved, 
   long depth = s.columns() * chunk<T>;
   if (!s.traits.is_diagonal) b.recurrent = arena.take<T>(s.width * depth * chunk<T>);
   b.input = arena.take<T>(s.inputs * depth * chunk<T>);
-  for (int side = 0; side < s.traits.sides; ++side) b.d_v[side] = arena.take_blocked<T>(s.columns(), s.N);
-  b.h_old = arena.take_blocked<T>(s.width, s.N);
+  long slots = s.stretch_slots();
+  for (int side = 0; side < s.traits.sides; ++side) b.d_v[side] = arena.take_blocked<T>(s.columns(), slots);
+  b.x = arena.take_blocked<T>(s.inputs, slots);
+  b.h_old = arena.take_blocked<T>(s.width, slots);
+  b.token_of = arena.take<long>(slots);
   b.d_h = arena.take_blocked<T>(s.width, s.B), b.d_h_new = arena.take_blocked<T>(s.units, s.B);
   if (s.is_projected) {
     b.projection = arena.take<T>(s.units * s.width * chunk<T> * chunk<T>);
-    b.d_h_projected = arena.take_blocked<T>(s.width, s.N);
-    b.unprojected = arena.take_blocked<T>(s.units, s.N);
+    b.d_h_projected = arena.take_blocked<T>(s.width, slots);
+    b.unprojected = arena.take_blocked<T>(s.units, slots);
   }
   if (s.traits.has_c) {
     b.d_c = arena.take_blocked<T>(s.units, s.B), b.d_c_new = arena.take_blocked<T>(s.units, s.B);
     b.d_seen = arena.take_blocked<T>(s.units, s.B), b.c_old = arena.take_blocked<T>(s.units, s.B);
   }
-  b.means[0] = arena.take<T>(s.groups * s.I), b.means[1] = arena.take<T>(s.groups * s.P);
   b.d_inner = arena.take<T>(depth);
   for (int w = 0; w < 3; ++w) {
     Factors f = factors_of(s, call, d, w);
@@ -76,31 +78,47 @@ template <class T> struct Backward {
   T* d_vectors;  // what this thread collects, laid out as Packed<T>::vectors
   Order order;
   Zoneout<T> zone_h, zone_c;
-  long first, end, first_wide, end_wide;
+  long first, end, first_wide, end_wide, steps_left;
 
   Backward(const FestinaCall& call, const Shape& s, const Kernels<T>& kernels, const Part& part, const Scratch<T>& my,
            const BackwardBuffers<T>& b, T* d_vectors, const long* starts, long d)
       : call(call), s(s), kernels(kernels), part(part), my(my), b(b), d_vectors(d_vectors),
         order{s, starts, d, part.row, part.end_row}, zone_h(zoneout_h<T>(s, call, d)), zone_c(zoneout_c<T>(s, call, d)),
-        first(part.first(s.units)), end(part.end(s.units)), first_wide(part.first(s.width)), end_wide(part.end(s.width)) {}
-
-  void run() {
-    long rows = part.end_row - part.row, base = order.d * s.B + part.row;
-    auto begin = [&](const void* from, long columns, long n, long stop, Blocked<T> to) {
+        first(part.first(s.units)), end(part.end(s.units)), first_wide(part.first(s.width)), end_wide(part.end(s.width)),
+        steps_left(s.T) {
+    each_state([&](const void* from, void*, long columns, long n, long stop, Blocked<T> to, long at, long row) {
       Tensor<T> tensor(from, call.type);
-      for (long r = 0; r < rows; ++r)
-        if (tensor)
-          tensor.read((base + r) * columns, columns, n, stop, to, part.row + r);
-        else
-          clear_row(to, n, stop, part.row + r);
-    };
-    begin(call.d_h_n, s.P, first_wide, end_wide, b.d_h);
-    if (s.traits.has_c) begin(call.d_c_n, s.H, first, end, b.d_c);
-    for (long step = s.T - 1; step >= 0; --step) retreat(step);
-    Tensor<T> d_h_0(call.d_h_0, call.type), d_c_0(call.d_c_0, call.type);
-    for (long r = 0; r < rows; ++r) {
-      if (d_h_0) d_h_0.write((base + r) * s.P, s.P, first_wide, end_wide, b.d_h, part.row + r);
-      if (d_c_0) d_c_0.write((base + r) * s.H, s.H, first, end, b.d_c, part.row + r);
+      if (tensor)
+        tensor.read(at * columns, columns, n, stop, to, row);
+      else
+        clear_row(to, n, stop, row);
+    });
+  }
+
+  // The next stretch: as many steps as there are slots for, and at least one.
+  Stretch go_back() {
+    long most = s.stretch();
+    Stretch stretch{part.group * most + part.row, 0, 0};
+    while (steps_left > 0 && (stretch.rows == 0 || stretch.rows + order.rows(steps_left - 1) <= most)) {
+      retreat(--steps_left, stretch.slot + stretch.rows);
+      stretch.rows += order.rows(steps_left);
+    }
+    stretch.steps_left = steps_left;
+    return stretch;
+  }
+
+  // The gradients of the initial state, once no step is left.
+  void finish() const {
+    each_state([&](const void*, void* to, long columns, long n, long stop, Blocked<T> from, long at, long row) {
+      if (to) Tensor<T>(to, call.type).write(at * columns, columns, n, stop, from, row);
+    });
+  }
+
+  template <class Body> void each_state(Body body) const {
+    for (long row = part.row; row < part.end_row; ++row) {
+      long at = order.d * s.B + row;
+      body(call.d_h_n, call.d_h_0, s.P, first_wide, end_wide, b.d_h, at, row);
+      if (s.traits.has_c) body(call.d_c_n, call.d_c_0, s.H, first, end, b.d_c, at, row);
     }
   }
 
@@ -109,22 +127,27 @@ template <class T> struct Backward {
   }
 
   // The state that a step began with, and the gradient of the one it made.
-  void prepare(long step) {
+  void prepare(long step, long slot) {
     long token = order.token(step), before = order.rows(step - 1);
     Tensor<T> d_output(call.d_output, call.type), output(call.output, call.type);
-    Tensor<T> h_0(call.h_0, call.type), c_0(call.c_0, call.type);
+    Tensor<T> input(call.input, call.type), h_0(call.h_0, call.type), c_0(call.c_0, call.type);
     Blocked<T> d_h_new = s.is_projected ? b.d_h_projected : b.d_h_new;
-    for (long r = 0, rows = order.rows(step); r < rows; ++r) {
+    long rows = order.rows(step);
+    for (long n = part.first(s.inputs); n < part.end(s.inputs); ++n)
+      for (long r = 0; r < rows; ++r) input.read((token + r) * s.I, s.I, n, n + 1, b.x, slot + r);
+    for (long r = 0; r < rows; ++r) {
       long row = part.row + r, now = token + r, was = r < before ? order.token(step - 1) + r : -1, at = order.d * s.B + row;
+      long to = slot + r;
+      if (part.member == 0) b.token_of[to] = now;
       auto place = [&](long n) { return (n * s.directions + order.d) * s.P; };
       if (d_output) d_output.add(place(now), s.P, first_wide, end_wide, b.d_h, row);
-      zone_h.backward(now, first_wide, end_wide, b.d_h, d_h_new, s.is_projected ? now : row, row);
+      zone_h.backward(now, first_wide, end_wide, b.d_h, d_h_new, s.is_projected ? to : row, row);
       if (is_reset(step, r))
-        clear_row(b.h_old, first_wide, end_wide, now);
+        clear_row(b.h_old, first_wide, end_wide, to);
       else if (was < 0)
-        h_0.read(at * s.P, s.P, first_wide, end_wide, b.h_old, now);
+        h_0.read(at * s.P, s.P, first_wide, end_wide, b.h_old, to);
       else
-        output.read(place(was), s.P, first_wide, end_wide, b.h_old, now);
+        output.read(place(was), s.P, first_wide, end_wide, b.h_old, to);
       if (!s.traits.has_c) continue;
       zone_c.backward(now, first, end, b.d_c, b.d_c_new, row, row);
       if (is_reset(step, r))
@@ -166,19 +189,19 @@ template <class T> struct Backward {
     my.sums.clear(sum_of_c, rows), my.sums.clear(sum_of_c + 1, rows);
   }
 
-  void retreat(long step) {
+  void retreat(long step, long slot) {
     long rows = order.rows(step), token = order.token(step);
-    prepare(step);
+    prepare(step, slot);
     read_sums(step, rows);
 
     Step<T> p{};
     p.rows = rows, p.first = first, p.end = end;
     for (int side = 0; side < 2; ++side) {
-      p.v[side] = from_row(b.saved.v[side], token), p.d_v[side] = from_row(b.d_v[side], token);
+      p.v[side] = from_row(b.saved.v[side], token), p.d_v[side] = from_row(b.d_v[side], slot);
       p.scale[side] = my.scale[side];
     }
     p.vectors = b.vectors.vectors, p.d_vectors = d_vectors, p.mean_c = my.mean_c, p.scale_c = my.scale_c;
-    p.h_old = from_row(b.h_old, token), p.c_old = from_row(b.c_old, part.row), p.c_raw = from_row(b.saved.c, token);
+    p.h_old = from_row(b.h_old, slot), p.c_old = from_row(b.c_old, part.row), p.c_raw = from_row(b.saved.c, token);
     p.d_h_new = from_row(b.d_h_new, part.row), p.d_h = from_row(b.d_h, part.row);
     p.d_c_new = from_row(b.d_c_new, part.row), p.d_c = from_row(b.d_c, part.row);
     p.d_seen = from_row(b.d_seen, part.row);
@@ -187,11 +210,11 @@ template <class T> struct Backward {
 
     if (s.is_projected) {
       part.wait();
-      Blocked<T> from = from_row(b.d_h_projected, token);
+      Blocked<T> from = from_row(b.d_h_projected, slot);
       long panel = s.width * chunk<T> * chunk<T>;
       multiply<T>({from.data, my.chunk_at, from.step()}, rows, {b.projection + first * panel, panel}, end - first, s.P,
                   {p.d_h_new.at(first, 0), my.chunk_at, p.d_h_new.step()}, false);
-      unproject(p, token);
+      unproject(p, slot);
     }
     kernels.emit_backward(p);
     if (s.traits.has_norm_c) {
@@ -214,9 +237,9 @@ template <class T> struct Backward {
   }
 
   // The h before its projection, which was not kept.
-  void unproject(const Step<T>& backward, long token) {
+  void unproject(const Step<T>& backward, long slot) {
     Step<T> p = backward;
-    p.h = from_row(b.unprojected, token);
+    p.h = from_row(b.unprojected, slot);
     p.c = from_row(b.d_seen, part.row), p.c_raw = {};  // d_seen is free until emit_backward
     if (s.traits.has_norm_c)
       for (long r = 0; r < p.rows; ++r) copy_row(backward.c_raw, r, p.c, r, first, end);

@@ -11,7 +11,6 @@ template <class T> struct Core {
   Shape s;
   bool is_bfloat16;
   Common common;
-  Blocked<T> input;
   ForwardBuffers<T> forward[2];
   BackwardBuffers<T> backward[2];
   FestinaBytes bytes;
@@ -30,7 +29,6 @@ template <class T> struct Core {
       else
         forward[d] = take_forward<T>(work, packed, saved, s, call);
     }
-    if (call.pass == FESTINA_BACKWARD) input = work.take_blocked<T>(s.inputs, s.N);
     own_base = work.base + work.used;
     own_bytes = own(0, Arena{nullptr, 0}).bytes;
     work.used += own_bytes * s.threads;
@@ -65,7 +63,9 @@ template <class T> struct Core {
     starts[0] = 0;
     for (long t = 0; t < s.T; ++t) starts[t + 1] = starts[t] + (call.batch_sizes ? call.batch_sizes[t] : s.B);
     for (long i = 0; i < 1 + 2 * s.threads; ++i) common.barriers[i] = {};
-    common.next_task[0] = common.next_task[8] = 0;
+    for (int i = 0; i < task_lists; ++i) common.tasks[i] = {};
+    if (call.pass == FESTINA_BACKWARD && call.d_input && s.directions == 2)  // both directions add to it
+      __builtin_memset(call.d_input, 0, s.N * s.I * (is_bfloat16 ? 2 : sizeof(T)));
   }
 
   void run(long worker, long workers) const {
@@ -80,27 +80,26 @@ template <class T> struct Core {
 
   void wait(long workers) const { common.barriers[0].wait(workers); }
 
-  T* const* means(long d) const { return call.pass == FESTINA_BACKWARD ? backward[d].means : forward[d].means; }
+  Means<T> means(long d) const { return call.pass == FESTINA_BACKWARD ? backward[d].saved.means : forward[d].means; }
 
   Weight<T> weight(long d, int which) const {
     const void* const* p = call.parameters[d];
     if (which == FESTINA_WEIGHT_HR) return {Tensor<T>(p[which], call.type), 1, s.P, s.H, nullptr};
     bool is_input = which == FESTINA_WEIGHT_IH;
     return {Tensor<T>(p[which], call.type), s.traits.gates, s.H, is_input ? s.I : s.P,
-            s.is_centred ? means(d)[is_input ? 0 : 1] : nullptr};
+            is_input ? means(d).input : means(d).recurrent};
   }
 
-  void take_means(long worker, long workers) const {
-    for (long d = 0; s.is_centred && d < s.directions; ++d)
-      for (int which = 0; which < (s.traits.is_diagonal ? 1 : 2); ++which) {
-        Weight<T> w = weight(d, which ? FESTINA_WEIGHT_HH : FESTINA_WEIGHT_IH);
-        column_means(s, w.tensor, w.columns, w.columns * worker / workers, w.columns * (worker + 1) / workers, means(d)[which]);
-      }
+  void find_means(long worker, long workers) const {
+    for (long d = 0; d < s.directions; ++d)
+      for (int which = FESTINA_WEIGHT_IH; which <= FESTINA_WEIGHT_HH; ++which)
+        if (Weight<T> w = weight(d, which); w.means)
+          column_means(s, w, w.columns * worker / workers, w.columns * (worker + 1) / workers);
     wait(workers);
   }
 
   void pack_forward(long worker, long workers) const {
-    take_means(worker, workers);
+    find_means(worker, workers);
     for (long d = 0; d < s.directions; ++d) {
       Packed<T> p = forward[d].packed;
       if (d % workers == worker) pack_vectors(s, call, call.parameters[d], p);
@@ -123,7 +122,6 @@ template <class T> struct Core {
   }
 
   void pack_backward(long worker, long workers) const {
-    take_means(worker, workers);
     long depth = s.columns() * chunk<T>;
     for (long d = 0; d < s.directions; ++d) {
       const BackwardBuffers<T>& b = backward[d];
@@ -136,9 +134,6 @@ template <class T> struct Core {
       for (long n = worker; s.is_projected && n < s.units; n += workers)
         pack_straight(s, weight(d, FESTINA_WEIGHT_HR), n, b.projection + n * s.width * chunk<T> * chunk<T>);
     }
-    Tensor<T> rows(call.input, call.type);
-    for (long token = s.N * worker / workers; token < s.N * (worker + 1) / workers; ++token)
-      rows.read(token * s.I, s.I, 0, s.inputs, input, token);
   }
 
   void run_backward(const Own& mine, const Part& part, long worker, long workers) const {
@@ -149,19 +144,38 @@ template <class T> struct Core {
       }
     pack_backward(worker, workers);
     wait(workers);
-    for (long d = part.direction; !part.is_idle && d < part.end_direction; ++d)
-      Backward<T>(call, s, kernels, part, mine.scratch, backward[d], mine.d_vectors[d], common.starts, d).run();
-    wait(workers);
-
     T* collected[max_threads][2];
     for (long w = 0; w < s.threads; ++w)
       for (long d = 0; d < s.directions; ++d) collected[w][d] = own(w).d_vectors[d];
-    Gradients<T> gradients{call, s, backward, collected, input, mine.scratch, mine.d_rows, workers};
-    while (gradients.first_pass(__atomic_fetch_add(&common.next_task[0], 1, __ATOMIC_RELAXED))) {
+    Gradients<T> gradients{call, s, backward, common.stretches, collected, mine.scratch, mine.d_rows, workers, part.groups, 0, 0, true};
+    long together = s.directions / (part.end_direction - part.direction), round = 0;
+    for (long begun = 0; begun < s.directions; begun += together) {
+      long d = together == 1 ? begun : part.direction;
+      gradients.direction = begun, gradients.end_direction = begun + together, gradients.is_first = true;
+      go_back(gradients, part, mine, d, worker, workers, round);
     }
-    wait(workers);
-    while (gradients.second_pass(__atomic_fetch_add(&common.next_task[8], 1, __ATOMIC_RELAXED))) {
+    common.tasks[task_lists - 1].share([&](long task) { return gradients.finish(task); });
+  }
+
+  // Stretch after stretch of one direction, or of both at once: first the recurrence, then the sums over its rows.
+  void go_back(Gradients<T>& gradients, const Part& part, const Own& mine, long d, long worker, long workers, long& round) const {
+    Backward<T> recurrence(call, s, kernels, part, mine.scratch, backward[d], mine.d_vectors[d], common.starts, d);
+    for (bool goes_on = true; goes_on; ++round, gradients.is_first = false) {
+      if (!part.is_idle) {
+        Stretch done = recurrence.go_back();
+        if (part.member == 0) common.stretches[d * s.threads + part.group] = done;
+      }
+      wait(workers);
+      goes_on = gradients.goes_on();
+      Tasks *now = common.tasks + round % 2 * 2, *next = common.tasks + (round + 1) % 2 * 2;
+      if (worker == 0) next[0] = next[1] = {};
+      now[0].share([&](long task) { return gradients.sum_stretch(task); });
+      wait(workers);
+      if (!gradients.is_turn_needed()) continue;
+      now[1].share([&](long task) { return gradients.sum_turn(task); });
+      wait(workers);
     }
+    if (!part.is_idle) recurrence.finish();
   }
 };
 

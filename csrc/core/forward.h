@@ -11,7 +11,7 @@ template <class T> struct ForwardBuffers {
   Saved<T> saved;
   Blocked<T> h[2], c[2], unprojected;
   Blocked<T> v[2];  // inference: products of the steps at hand
-  T* means[2];      // of the columns of weight_ih and weight_hh
+  Means<T> means;
 };
 
 template <class T>
@@ -20,8 +20,9 @@ ForwardBuffers<T> take_forward(Arena& arena, Arena& packed, Arena& saved, const 
   b.packed = take_packed<T>(packed, s);
   if (call.pass == FESTINA_TRAINING) {
     b.saved = take_saved<T>(saved, s, call.has_zoneout_cell);
-    b.v[0] = b.saved.v[0], b.v[1] = b.saved.v[1];
+    b.v[0] = b.saved.v[0], b.v[1] = b.saved.v[1], b.means = b.saved.means;
   } else {
+    b.means = take_means<T>(arena, s);
     b.v[0] = arena.take_blocked<T>(s.columns(), s.projected_slots());
     if (s.traits.sides == 2) b.v[1] = arena.take_blocked<T>(s.columns(), s.B);
   }
@@ -30,7 +31,6 @@ ForwardBuffers<T> take_forward(Arena& arena, Arena& packed, Arena& saved, const 
     if (s.traits.has_c) b.c[parity] = arena.take_blocked<T>(s.units, s.B);
   }
   if (s.is_projected) b.unprojected = arena.take_blocked<T>(s.units, s.B);
-  b.means[0] = arena.take<T>(s.groups * s.I), b.means[1] = arena.take<T>(s.groups * s.P);
   return b;
 }
 

@@ -1,47 +1,63 @@
-// What is parallel over time: the gradients of weights and input, as products over all steps, and of vectors, as sums.
+// The gradients of weights and input, as products over the rows of a stretch, and of vectors, as sums.
 #pragma once
 #include "backward.h"
 
 namespace ISA {
 
-constexpr long gradient_rows = 96;  // so many rows of a weight's gradient, or of the input's, are one task
-
 template <class T> struct Gradients {
   const FestinaCall& call;
   const Shape& s;
   const BackwardBuffers<T>* b;      // [directions]
+  const Stretch* stretches;         // [directions, threads]
   T* const (*collected)[2];         // [threads, directions]: d_vectors of each
-  Blocked<T> input;                 // N rows
   const Scratch<T>& my;
   Blocked<T> d_rows;                // of this thread: a few rows of d_input
-  long workers;
+  long workers, groups;
+  long direction, end_direction;    // those that have just gone back over a stretch
+  bool is_first;                    // nothing has been summed yet
 
-  // Smaller tasks where there would be too few to go round.
-  long task_rows(long rows) const {
-    return min(gradient_rows, max(TILE_ROWS, rows / (4 * workers) / TILE_ROWS * TILE_ROWS));
+  const Stretch& stretch(long d, long group) const { return stretches[d * s.threads + group]; }
+
+  // Whether steps are left to go back over.
+  bool goes_on() const {
+    for (long d = direction; d < end_direction; ++d)
+      for (long group = 0; group < groups; ++group)
+        if (stretch(d, group).steps_left > 0) return true;
+    return false;
   }
-  long weight_rows() const { return task_rows(s.traits.gates * s.H); }
-  long input_rows() const { return task_rows(s.N); }
 
-  // Every task by its number; false past the last.
-  bool first_pass(long task) const {
-    for (long d = 0; d < s.directions; ++d) {
+  // Every task by its number; false past the last. The large ones come first.
+  bool sum_stretch(long task) const {
+    if (is_input(direction, task)) return true;
+    for (long d = direction; d < end_direction; ++d) {
       for (int w = 0; w < 3; ++w) {
         Factors f = factors_of(s, call, d, w);
-        long count = f.wanted ? ceil_div(f.rows, weight_rows()) : 0;
-        if (task < count) return sum_weight(d, w, f, task * weight_rows()), true;
+        long most = min(gradient_rows, max(TILE_ROWS, f.rows / (4 * workers) / TILE_ROWS * TILE_ROWS));
+        long count = f.wanted ? ceil_div(f.rows, most) : 0;
+        if (task < count) return sum_weight(d, w, f, task * most, min(most, f.rows - task * most)), true;
         task -= count;
       }
-      if (task == 0) return sum_vectors(d), true;
-      task -= 1;
+      if (call.d_parameters[d][FESTINA_BIAS_INNER] && task-- == 0) return sum_inner(d), true;
     }
-    if (!call.d_input || task >= ceil_div(s.N, input_rows())) return false;
-    return sum_input(task * input_rows()), true;
+    return false;
   }
 
-  // What needs whole columns of a weight's gradient.
-  bool second_pass(long task) const {
-    for (long d = 0; d < s.directions; ++d)
+  // Both directions add to the same rows of the input's gradient, so they take turns.
+  bool is_turn_needed() const { return call.d_input && end_direction - direction == 2; }
+  bool sum_turn(long task) const { return is_input(direction + 1, task); }
+
+  bool is_input(long d, long& task) const {
+    for (long group = 0; call.d_input && group < groups; ++group) {
+      long rows = stretch(d, group).rows, count = min(rows, max(ceil_div(rows, gradient_rows), ceil_div(workers, groups)));
+      if (task < count) return sum_input(d, stretch(d, group).slot, rows * task / count, rows * (task + 1) / count), true;
+      task -= count;
+    }
+    return false;
+  }
+
+  // What needs whole columns of a weight's gradient, and what all threads have collected.
+  bool finish(long task) const {
+    for (long d = 0; d < s.directions; ++d) {
       for (int w = 0; w < 3; ++w) {
         Factors f = factors_of(s, call, d, w);
         bool is_needed = f.wanted && (f.is_centred || b[d].d_weight[w]);
@@ -49,6 +65,8 @@ template <class T> struct Gradients {
         if (task < count) return finish_weight(d, w, f, task * finish_columns), true;
         task -= count;
       }
+      if (task-- == 0) return finish_vectors(d), true;
+    }
     return false;
   }
 
@@ -63,20 +81,22 @@ template <class T> struct Gradients {
     return {(T*)f.wanted, f.columns};
   }
 
-  void sum_weight(long d, int w, const Factors& f, long row) const {
-    long count = min(weight_rows(), f.rows - row), H = w == 2 ? s.P : s.H, gates = f.rows / H;
+  void sum_weight(long d, int w, const Factors& f, long row, long count) const {
+    constexpr int C = chunk<T>;
+    long H = w == 2 ? s.P : s.H, gates = f.rows / H;
     Blocked<T> left = w == 0 ? b[d].d_v[0] : w == 1 ? b[d].d_v[s.traits.sides - 1] : b[d].d_h_projected;
-    Blocked<T> right = w == 0 ? input : w == 1 ? b[d].h_old : b[d].unprojected;
+    Blocked<T> right = w == 0 ? b[d].x : w == 1 ? b[d].h_old : b[d].unprojected;
     Sum to = place_of(d, w, f);
     for (long i = 0; i < count; ++i) {
       long gate = (row + i) / H, j = (row + i) % H;
-      my.left_at[i] = (j / chunk<T> * gates + gate) * left.step() + j % chunk<T>;
+      my.left_at[i] = (j / C * gates + gate) * left.step() + j % C;
       my.target_at[i] = (row + i) * to.step;
     }
-    constexpr int C = chunk<T>;
-    for (long token = 0; token == 0 || token < s.N; token += depth_block)
-      multiply<T, C>({left.data + token * C, my.left_at, C * C}, count, {right.data + token * C, right.step()},
-                     ceil_div(f.columns, C), min(depth_block, s.N - token), {to.data, my.target_at, C}, token > 0);
+    for (long group = 0; group < groups; ++group) {
+      const Stretch& over = stretch(d, group);
+      multiply<T, C>({left.data + over.slot * C, my.left_at, C * C}, count, {right.data + over.slot * C, right.step()},
+                     ceil_div(f.columns, C), over.rows, {to.data, my.target_at, C}, !is_first || group > 0);
+    }
   }
 
   void finish_weight(long d, int w, const Factors& f, long column) const {
@@ -104,15 +124,25 @@ template <class T> struct Gradients {
     }
   }
 
-  void sum_input(long token) const {
-    long count = min(input_rows(), s.N - token), depth = s.columns() * chunk<T>;
-    for (long d = 0; d < s.directions; ++d) {
-      const Blocked<T>& left = b[d].d_v[0];
-      multiply<T>({left.at(0, token), my.chunk_at, left.step()}, count, {b[d].input, depth * chunk<T>}, s.inputs, depth,
-                  {d_rows.data, my.chunk_at, d_rows.step()}, d > 0);
-    }
+  void sum_input(long d, long slot, long row, long end) const {
+    long depth = s.columns() * chunk<T>;
+    const Blocked<T>& left = b[d].d_v[0];
+    multiply<T>({left.at(0, slot + row), my.chunk_at, left.step()}, end - row, {b[d].input, depth * chunk<T>}, s.inputs, depth,
+                {d_rows.data, my.chunk_at, d_rows.step()}, false);
     Tensor<T> to(call.d_input, call.type);
-    for (long r = 0; r < count; ++r) to.write((token + r) * s.I, s.I, 0, s.inputs, d_rows, r);
+    for (long r = row; r < end; ++r)
+      to.write(b[d].token_of[slot + r] * s.I, s.I, 0, s.inputs, d_rows, r - row, s.directions == 2);
+  }
+
+  void sum_inner(long d) const {
+    for (long n = 0; n < s.columns(); ++n)
+      for (int l = 0; l < chunk<T>; l += lanes<T>) {
+        T* to = b[d].d_inner + n * chunk<T> + l;
+        Vec<T> total = is_first ? broadcast(T(0)) : load(to);
+        for (long group = 0; group < groups; ++group)
+          for (long r = 0; r < stretch(d, group).rows; ++r) total += load(b[d].d_v[0].at(n, stretch(d, group).slot + r) + l);
+        store(to, total);
+      }
   }
 
   // Sums over threads of the vectors that `which` gives for each gate.
@@ -127,7 +157,7 @@ template <class T> struct Gradients {
       }
   }
 
-  void sum_vectors(long d) const {
+  void finish_vectors(long d) const {
     void* const* to = call.d_parameters[d];
     int gates = s.traits.gates;
     auto gain = [](int side) { return [side](int g) { return gain_of(side, g); }; };
@@ -143,17 +173,11 @@ template <class T> struct Gradients {
     write_vector(to[FESTINA_GAIN_C], d, 1, [](int) { return gain_c; });
     write_vector(to[FESTINA_BIAS_C], d, 1, [](int) { return shift_c; });
     if (s.traits.is_diagonal) write_vector(to[FESTINA_WEIGHT_HH], d, 1, [](int) { return diagonal; });
-    if (to[FESTINA_BIAS_INNER]) sum_inner(d, Tensor<T>(to[FESTINA_BIAS_INNER], call.type));
+    if (to[FESTINA_BIAS_INNER]) finish_inner(d, Tensor<T>(to[FESTINA_BIAS_INNER], call.type));
   }
 
-  void sum_inner(long d, Tensor<T> to) const {
+  void finish_inner(long d, Tensor<T> to) const {
     T means[max_gates] = {}, *inner = b[d].d_inner;
-    for (long n = 0; n < s.columns(); ++n)
-      for (int l = 0; l < chunk<T>; l += lanes<T>) {
-        Vec<T> total = broadcast(T(0));
-        for (long token = 0; token < s.N; ++token) total += load(b[d].d_v[0].at(n, token) + l);
-        store(inner + n * chunk<T> + l, total);
-      }
     auto at = [&](long g, long j) { return inner[(j / chunk<T> * s.traits.gates + g) * chunk<T> + j % chunk<T>]; };
     for (long g = 0; s.is_centred && g < s.traits.gates; ++g)
       for (long j = 0; j < s.H; ++j) means[s.group_of[g]] += at(g, j) / (T)s.group_size[s.group_of[g]];

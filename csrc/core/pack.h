@@ -10,21 +10,21 @@ namespace ISA {
 template <class T> struct Weight {
   Tensor<T> tensor;
   long gates, H, columns;
-  const T* means;  // [groups, columns], or null
+  T* means;  // [groups, columns], or null
 };
 
 // Means over the rows of each group for columns [first, end).
-template <class T> void column_means(const Shape& s, const Tensor<T>& weight, long columns, long first, long end, T* means) {
+template <class T> void column_means(const Shape& s, const Weight<T>& w, long first, long end) {
   for (int group = 0; group < s.groups; ++group) {
-    T* mean = means + group * columns;
+    T* mean = w.means + group * w.columns;
     for (long k = first; k < end; ++k) mean[k] = 0;
     for (int g = 0; g < s.traits.gates; ++g) {
       if (s.group_of[g] != group) continue;
       for (long row = g * s.H; row < (g + 1) * s.H; ++row) {
-        if (weight.is_bfloat16) {
-          for (long k = first; k < end; ++k) mean[k] += weight.get(row * columns + k);
+        if (w.tensor.is_bfloat16) {
+          for (long k = first; k < end; ++k) mean[k] += w.tensor.get(row * w.columns + k);
         } else {
-          const T* from = (const T*)weight.data + row * columns;
+          const T* from = (const T*)w.tensor.data + row * w.columns;
           for (long k = first; k < end; ++k) mean[k] += from[k];
         }
       }

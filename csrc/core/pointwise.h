@@ -33,44 +33,66 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
                                  {is_normed[0], is_normed[1]}, has_norm_c};
   using V = Vec<T>;
 
-  // The place of one vector: a row, a chunk of units, and where in the chunk.
-  struct Place {
-    long unit, row;
-    int lane;
-    INLINE T* in(const Blocked<T>& m) const { return m.at(unit, row) + lane; }
-    INLINE T* in(const Blocked<T>& m, int gate) const { return m.at(unit * gates + gate, row) + lane; }
-    template <class U> INLINE U* of(U* vectors, int which) const {
-      return vectors + (unit * vectors_a_unit + which) * chunk<T> + lane;
+  // Where one chunk of units begins in everything that a step touches. Taken once for all rows: a kernel has so many
+  // matrices that addresses made anew at each access were half of its instructions.
+  struct Unit {
+    const Step<T>& s;
+    T *v[2][gates], *d_v[2][gates], *h_old, *h, *c_old, *c, *c_raw, *d_h_new, *d_h, *d_c_new, *d_c, *d_seen, *d_vectors;
+    const T* vectors;
+
+    INLINE Unit(const Step<T>& s, long unit) : s(s) {
+      auto of = [&](const Blocked<T>& m) { return m.at(unit, 0); };
+      for (int side = 0; side < sides; ++side)
+        for (int g = 0; g < gates; ++g) {
+          v[side][g] = s.v[side].at(unit * gates + g, 0);
+          d_v[side][g] = s.d_v[side].at(unit * gates + g, 0);
+        }
+      h_old = of(s.h_old), h = of(s.h), c_old = of(s.c_old), c = of(s.c), c_raw = of(s.c_raw);
+      d_h_new = of(s.d_h_new), d_h = of(s.d_h), d_c_new = of(s.d_c_new), d_c = of(s.d_c), d_seen = of(s.d_seen);
+      vectors = s.vectors + unit * vectors_a_unit * chunk<T>, d_vectors = s.d_vectors + unit * vectors_a_unit * chunk<T>;
     }
   };
 
+  // The place of one vector: a chunk of units, a row, and where in the chunk.
+  struct Place : Unit {
+    long row;
+    int lane;
+    INLINE Place(const Unit& unit, long row, int lane) : Unit(unit), row(row), lane(lane) {}
+    INLINE T* in(T* column) const { return column + row * chunk<T> + lane; }
+    INLINE const T* vector(int which) const { return this->vectors + which * chunk<T> + lane; }
+    INLINE T* d_vector(int which) const { return this->d_vectors + which * chunk<T> + lane; }
+    INLINE T* sum(int which) const { return this->s.sums + (which * this->s.sum_rows + row) * lanes<T>; }
+  };
+
   template <class Body> static INLINE void each(const Step<T>& s, Body body) {
-    for (long unit = s.first; unit < s.end; ++unit)
+    for (long n = s.first; n < s.end; ++n) {
+      Unit unit(s, n);
       for (long row = 0; row < s.rows; ++row)
-#pragma GCC unroll 1
-        for (int lane = 0; lane < chunk<T>; lane += lanes<T>) body(Place{unit, row, lane});
+#pragma GCC unroll 2
+        for (int lane = 0; lane < chunk<T>; lane += lanes<T>) body(Place(unit, row, lane));
+    }
   }
 
-  static INLINE V normalised(const Step<T>& s, Place at, int side, int gate) {
-    return load(at.in(s.v[side], gate)) * s.scale[side][at.row * max_gates + gate];
+  static INLINE V normalised(const Place& at, int side, int gate) {
+    return load(at.in(at.v[side][gate])) * at.s.scale[side][at.row * max_gates + gate];
   }
 
-  static INLINE V side_of(const Step<T>& s, Place at, int side, int gate) {
-    V shift = load(at.of(s.vectors, shift_of(side, gate)));
-    if (!is_normed[side]) return load(at.in(s.v[side], gate)) + shift;
-    return normalised(s, at, side, gate) * load(at.of(s.vectors, gain_of(side, gate))) + shift;
+  static INLINE V side_of(const Place& at, int side, int gate) {
+    V shift = load(at.vector(shift_of(side, gate)));
+    if (!is_normed[side]) return load(at.in(at.v[side][gate])) + shift;
+    return normalised(at, side, gate) * load(at.vector(gain_of(side, gate))) + shift;
   }
 
-  template <int from, int to> static INLINE void pre_activations(const Step<T>& s, Place at, V* a) {
+  template <int from, int to> static INLINE void pre_activations(const Place& at, V* a) {
 #pragma GCC unroll 4
     for (int g = from; g < to; ++g) {
-      a[g] = side_of(s, at, 0, g);
-      if constexpr (Cell::is_diagonal) a[g] += load(at.of(s.vectors, diagonal)) * load(at.in(s.h_old));
+      a[g] = side_of(at, 0, g);
+      if constexpr (Cell::is_diagonal) a[g] += load(at.vector(diagonal)) * load(at.in(at.h_old));
       if constexpr (sides == 2) {
         if (Cell::is_parted && g == gates - 1)
-          a[gates] = side_of(s, at, 1, g);
+          a[gates] = side_of(at, 1, g);
         else
-          a[g] += side_of(s, at, 1, g);
+          a[g] += side_of(at, 1, g);
       }
     }
   }
@@ -78,106 +100,106 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
   // To c, where its norm must see the whole row before `emit` can go on.
   static void update(const Step<T>& s) {
     if constexpr (has_norm_c) {
-      each(s, [&](Place at) __attribute__((always_inline)) {
+      each(s, [&](const Place& at) __attribute__((always_inline)) {
         V a[gates + 1];
-        pre_activations<0, split>(s, at, a);
-        V c = Cell::update(a, load(at.in(s.c_old)));
-        store(at.in(s.c), c);
-        if (s.c_raw.data) store(at.in(s.c_raw), c);
-        add_to(s.sum_at(sum_of_c, at.row), c);
+        pre_activations<0, split>(at, a);
+        V c = Cell::update(a, load(at.in(at.c_old)));
+        store(at.in(at.c), c);
+        if (s.c_raw.data) store(at.in(at.c_raw), c);
+        add_to(at.sum(sum_of_c), c);
       });
     }
   }
 
-  static INLINE V seen(const Step<T>& s, Place at, V c) {
+  static INLINE V seen(const Place& at, V c) {
     if (!has_norm_c) return c;
-    return (c - s.mean_c[at.row]) * s.scale_c[at.row] * load(at.of(s.vectors, gain_c)) + load(at.of(s.vectors, shift_c));
+    return (c - at.s.mean_c[at.row]) * at.s.scale_c[at.row] * load(at.vector(gain_c)) + load(at.vector(shift_c));
   }
 
   static void emit(const Step<T>& s) {
-    each(s, [&](Place at) __attribute__((always_inline)) {
+    each(s, [&](const Place& at) __attribute__((always_inline)) {
       V a[gates + 1], inner;
-      pre_activations<has_norm_c ? split : 0, gates>(s, at, a);
+      pre_activations<has_norm_c ? split : 0, gates>(at, a);
       if constexpr (has_norm_c) {
-        inner = seen(s, at, load(at.in(s.c)));
-        if (cell_norm == FESTINA_CARRIED) store(at.in(s.c), inner);
+        inner = seen(at, load(at.in(at.c)));
+        if (cell_norm == FESTINA_CARRIED) store(at.in(at.c), inner);
       } else if constexpr (Cell::has_c) {
-        inner = Cell::update(a, load(at.in(s.c_old)));
-        store(at.in(s.c), inner);
-        if (s.c_raw.data) store(at.in(s.c_raw), inner);
+        inner = Cell::update(a, load(at.in(at.c_old)));
+        store(at.in(at.c), inner);
+        if (s.c_raw.data) store(at.in(at.c_raw), inner);
       } else {
-        inner = load(at.in(s.h_old));
+        inner = load(at.in(at.h_old));
       }
-      store(at.in(s.h), Cell::emit(a, inner));
+      store(at.in(at.h), Cell::emit(a, inner));
     });
   }
 
   // From the gradients of pre-activations to those of gain, shift and normalised product; the norm itself follows once
   // its row sums are known.
-  template <int from, int to> static INLINE void spread(const Step<T>& s, Place at, const V* d_a) {
+  template <int from, int to> static INLINE void spread(const Place& at, const V* d_a) {
 #pragma GCC unroll 4
     for (int g = from; g < to; ++g) {
-      add_to(at.of(s.d_vectors, shift_of(0, g)), d_a[g]);
+      add_to(at.d_vector(shift_of(0, g)), d_a[g]);
 #pragma GCC unroll 2
       for (int side = 0; side < sides; ++side) {
         bool is_apart = side == 1 && Cell::is_parted && g == gates - 1;
         V d = is_apart ? d_a[gates] : d_a[g];
-        if (is_apart) add_to(at.of(s.d_vectors, shift_of(1, g)), d);
+        if (is_apart) add_to(at.d_vector(shift_of(1, g)), d);
         if (is_normed[side]) {
-          V hat = normalised(s, at, side, g);
-          add_to(at.of(s.d_vectors, gain_of(side, g)), d * hat);
-          d = d * load(at.of(s.vectors, gain_of(side, g)));
-          add_to(s.sum_at(side * max_gates + g, at.row), d * hat);
+          V hat = normalised(at, side, g);
+          add_to(at.d_vector(gain_of(side, g)), d * hat);
+          d = d * load(at.vector(gain_of(side, g)));
+          add_to(at.sum(side * max_gates + g), d * hat);
         }
-        store(at.in(s.d_v[side], g), d);
+        store(at.in(at.d_v[side][g]), d);
       }
     }
   }
 
   static void emit_backward(const Step<T>& s) {
-    each(s, [&](Place at) __attribute__((always_inline)) {
-      V a[gates + 1], d_a[gates + 1], d_inner, d_h = load(at.in(s.d_h_new));
-      pre_activations<has_norm_c ? split : 0, gates>(s, at, a);
+    each(s, [&](const Place& at) __attribute__((always_inline)) {
+      V a[gates + 1], d_a[gates + 1], d_inner, d_h = load(at.in(at.d_h_new));
+      pre_activations<has_norm_c ? split : 0, gates>(at, a);
       if constexpr (has_norm_c) {
-        V hat = (load(at.in(s.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
-        V gain = load(at.of(s.vectors, gain_c));
-        Cell::emit_backward(a, hat * gain + load(at.of(s.vectors, shift_c)), d_h, d_a, d_inner);
-        if (cell_norm == FESTINA_CARRIED) d_inner += load(at.in(s.d_c_new));
-        add_to(at.of(s.d_vectors, gain_c), d_inner * hat);
-        add_to(at.of(s.d_vectors, shift_c), d_inner);
+        V hat = (load(at.in(at.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
+        V gain = load(at.vector(gain_c));
+        Cell::emit_backward(a, hat * gain + load(at.vector(shift_c)), d_h, d_a, d_inner);
+        if (cell_norm == FESTINA_CARRIED) d_inner += load(at.in(at.d_c_new));
+        add_to(at.d_vector(gain_c), d_inner * hat);
+        add_to(at.d_vector(shift_c), d_inner);
         V d_hat = d_inner * gain;
-        store(at.in(s.d_seen), d_hat);
-        add_to(s.sum_at(sum_of_c, at.row), d_hat);
-        add_to(s.sum_at(sum_of_c + 1, at.row), d_hat * hat);
+        store(at.in(at.d_seen), d_hat);
+        add_to(at.sum(sum_of_c), d_hat);
+        add_to(at.sum(sum_of_c + 1), d_hat * hat);
       } else if constexpr (Cell::has_c) {
-        V c_old = load(at.in(s.c_old)), d_c;
-        Cell::emit_backward(a, load(at.in(s.c_raw)), d_h, d_a, d_inner);
-        Cell::update_backward(a, c_old, load(at.in(s.d_c_new)) + d_inner, d_a, d_c);
-        add_to(at.in(s.d_c), d_c);
+        V c_old = load(at.in(at.c_old)), d_c;
+        Cell::emit_backward(a, load(at.in(at.c_raw)), d_h, d_a, d_inner);
+        Cell::update_backward(a, c_old, load(at.in(at.d_c_new)) + d_inner, d_a, d_c);
+        add_to(at.in(at.d_c), d_c);
       } else {
-        V h_old = load(at.in(s.h_old));
+        V h_old = load(at.in(at.h_old));
         Cell::emit_backward(a, h_old, d_h, d_a, d_inner);
         if constexpr (Cell::is_diagonal) {
-          d_inner += d_a[0] * load(at.of(s.vectors, diagonal));
-          add_to(at.of(s.d_vectors, diagonal), d_a[0] * h_old);
+          d_inner += d_a[0] * load(at.vector(diagonal));
+          add_to(at.d_vector(diagonal), d_a[0] * h_old);
         }
-        add_to(at.in(s.d_h), d_inner);
+        add_to(at.in(at.d_h), d_inner);
       }
-      spread<has_norm_c ? split : 0, gates>(s, at, d_a);
+      spread<has_norm_c ? split : 0, gates>(at, d_a);
     });
   }
 
   static void update_backward(const Step<T>& s) {
     if constexpr (has_norm_c) {
-      each(s, [&](Place at) __attribute__((always_inline)) {
+      each(s, [&](const Place& at) __attribute__((always_inline)) {
         V a[gates + 1], d_a[gates + 1], d_c;
-        pre_activations<0, split>(s, at, a);
-        V hat = (load(at.in(s.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
-        V d_raw = (load(at.in(s.d_seen)) - s.mean_d_seen[at.row] - hat * s.mean_d_seen_hat[at.row]) * s.scale_c[at.row];
-        if (cell_norm == FESTINA_READOUT) d_raw += load(at.in(s.d_c_new));
-        Cell::update_backward(a, load(at.in(s.c_old)), d_raw, d_a, d_c);
-        add_to(at.in(s.d_c), d_c);
-        spread<0, split>(s, at, d_a);
+        pre_activations<0, split>(at, a);
+        V hat = (load(at.in(at.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
+        V d_raw = (load(at.in(at.d_seen)) - s.mean_d_seen[at.row] - hat * s.mean_d_seen_hat[at.row]) * s.scale_c[at.row];
+        if (cell_norm == FESTINA_READOUT) d_raw += load(at.in(at.d_c_new));
+        Cell::update_backward(a, load(at.in(at.c_old)), d_raw, d_a, d_c);
+        add_to(at.in(at.d_c), d_c);
+        spread<0, split>(at, d_a);
       });
     }
   }

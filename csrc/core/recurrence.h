@@ -30,18 +30,36 @@ template <class T> struct Scratch {
   T *mean_c, *scale_c, *mean_d_seen, *mean_d_seen_hat, *rows;
 };
 
+// The rows that a group of threads went back over in one stretch: slots [slot, slot + rows), and how many steps are left.
+struct Stretch {
+  long slot, rows, steps_left;
+};
+
+// Tasks that threads take one after the other.
+struct alignas(64) Tasks {
+  long next;
+
+  template <class Task> void share(Task task) {
+    while (task(__atomic_fetch_add(&next, 1, __ATOMIC_RELAXED))) {
+    }
+  }
+};
+constexpr int task_lists = 5;  // two passes over a stretch, for even and odd stretches, and the last pass
+
 // What all threads share.
 struct Common {
   long* starts;
   Barrier* barriers;
-  long* next_task;
+  Tasks* tasks;
+  Stretch* stretches;  // [directions, threads]: of each group
 };
 
 inline Common take_common(Arena& arena, const Shape& s) {
   Common c;
   c.starts = arena.take<long>(s.T + 1);
   c.barriers = arena.take<Barrier>(1 + 2 * s.threads);
-  c.next_task = arena.take<long>(16);
+  c.tasks = arena.take<Tasks>(task_lists);
+  c.stretches = arena.take<Stretch>(s.directions * s.threads);
   return c;
 }
 

@@ -62,14 +62,15 @@ template <class T> struct Tensor {
     });
   }
 
-  void write(long start, long columns, long first, long end, const Blocked<T>& from, long row) const {
+  void write(long start, long columns, long first, long end, const Blocked<T>& from, long row, bool is_added = false) const {
     chunks(first, end, columns, [&](long n, long width) {
       const T* in = from.at(n, row);
       long to = start + n * chunk<T>;
       if (!is_bfloat16 && width == chunk<T>) {
-        for (int l = 0; l < chunk<T>; l += lanes<T>) store((T*)data + to + l, load(in + l));
+        T* out = (T*)data + to;
+        for (int l = 0; l < chunk<T>; l += lanes<T>) store(out + l, is_added ? load(out + l) + load(in + l) : load(in + l));
       } else {
-        for (int l = 0; l < width; ++l) put(to + l, in[l]);
+        for (int l = 0; l < width; ++l) put(to + l, is_added ? get(to + l) + in[l] : in[l]);
       }
     });
   }

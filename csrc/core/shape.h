@@ -41,7 +41,9 @@ constexpr int sum_of_c = 2 * max_gates;  // sums that a step takes over a row: o
 constexpr int max_sums = sum_of_c + 2;
 constexpr long max_threads = 256;
 constexpr long projected_rows = 128;     // steps are projected just before the recurrence needs them, about so many rows at once
-constexpr long rows_a_group = 8;         // fewer rows a thread: threads share rows and split the units
+constexpr long rows_a_group = 32;        // fewer rows a thread: threads share rows and split the units
+constexpr long gradient_rows = 96;       // so many rows of a weight's gradient, or of the input's, are one task
+constexpr long stretch_rows = 1024;      // backward: so many rows of a group, or fewer, until gradients are summed over them
 
 // What a cell and its plan ask of the buffers. `side` 0 is the product with x, 1 the product with h.
 struct Traits {
@@ -63,7 +65,13 @@ struct Shape {
   long columns() const { return traits.gates * units; }
   long row_groups() const { return max(1, min(threads, B / rows_a_group)); }
   long projected_slots() const { return row_groups() * projected_rows + B; }
-  long list_rows() const { return B + projected_rows; }
+  // Stretches of about even length, each of whole steps.
+  long stretch() const {
+    long groups = row_groups(), count = max(1, ceil_div(N, groups * stretch_rows));
+    return min(N, ceil_div(N, groups * count) + ceil_div(B, groups));
+  }
+  long stretch_slots() const { return row_groups() * stretch() + B; }
+  long list_rows() const { return B + max(projected_rows, gradient_rows); }
 };
 
 template <class T> Shape shape_of(const FestinaCall& call, const Traits& traits) {
@@ -116,12 +124,24 @@ template <class T> Packed<T> take_packed(Arena& arena, const Shape& s) {
   return p;
 }
 
+// Means over the rows of weight_ih and weight_hh that share statistics: [groups, columns of the weight].
+template <class T> struct Means {
+  T *input, *recurrent;
+};
+
+template <class T> Means<T> take_means(Arena& arena, const Shape& s) {
+  if (!s.is_centred) return {};
+  T* input = arena.take<T>(s.groups * s.I);
+  return {input, s.traits.is_diagonal ? nullptr : arena.take<T>(s.groups * s.P)};
+}
+
 // What training leaves for backward, of one direction; rows are packed steps.
 template <class T> struct Saved {
   Blocked<T> v[2];     // the products, centred, before gain and shift; one where both sides share a sum
   Blocked<T> c;        // before its norm and before Zoneout
   Blocked<T> carried;  // the state c after Zoneout, where there is one
   T* sums;             // [sums_saved, N]: 1 / sigma of each group of each normed side; mean and 1 / sigma of c
+  Means<T> means;
 };
 
 template <class T> Saved<T> take_saved(Arena& arena, const Shape& s, bool has_zoneout_c) {
@@ -130,6 +150,7 @@ template <class T> Saved<T> take_saved(Arena& arena, const Shape& s, bool has_zo
   if (s.traits.has_c) saved.c = arena.take_blocked<T>(s.units, s.N);
   if (s.traits.has_c && has_zoneout_c) saved.carried = arena.take_blocked<T>(s.units, s.N);
   saved.sums = arena.take<T>(s.sums_saved() * padded_rows(s.N));
+  saved.means = take_means<T>(arena, s);
   return saved;
 }
 

@@ -30,7 +30,7 @@ struct alignas(64) Barrier {
 // One thread's part in the recurrence: rows [row, end_row) of directions [direction, end_direction), and of their units
 // the share of `member`. Members of a group share rows and wait for one another at `barrier`.
 struct Part {
-  long direction, end_direction, row, end_row, group, member, members;
+  long direction, end_direction, row, end_row, groups, group, member, members;
   Barrier* barrier;
   bool is_idle;
 
@@ -57,7 +57,7 @@ inline Part part_of(const Shape& s, const long* starts, long worker, long worker
     if (g * min(size / g, s.units) >= groups * min(size / groups, s.units)) groups = g;
   Part p{};
   long team = worker / size, place = worker % size;
-  p.members = min(size / groups, s.units);
+  p.groups = groups, p.members = min(size / groups, s.units);
   p.group = place / p.members, p.member = place % p.members;
   p.is_idle = p.group >= groups;
   p.direction = teams == 2 ? team : 0, p.end_direction = teams == 2 ? team + 1 : s.directions;

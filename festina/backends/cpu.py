@@ -79,8 +79,13 @@ def saved_bytes(call: Call) -> int:
     if "c" in layer.cell.states:
         columns += 1 + has_zoneout(call.zoneout_cell_mask, call.zoneout_cell)
         sums += 2 * (plan.cell != "none")
-    one = columns * column + (sums * steps * item + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
-    return layer.directions * one
+    vectors = [sums * steps]
+    if plan.placement != "none" and plan.kind != "rms":
+        groups = len(plan.spans(gates))
+        widths = [call.input.shape[1], call.h_0.shape[2]] if matrix else [call.input.shape[1]]
+        vectors += [groups * width for width in widths]
+    lines = sum((count * item + CACHE_LINE - 1) // CACHE_LINE for count in vectors)
+    return layer.directions * (columns * column + lines * CACHE_LINE)
 
 
 class Pointers:
