@@ -69,7 +69,7 @@ void* festina_allocate(uint64_t bytes) {
 void festina_free(void* memory) { free(memory); }
 
 uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS]) {
-  constexpr uint64_t samples = 64, odd = 0x9e3779b97f4a7c15;
+  constexpr uint64_t samples = 32, odd = 0x9e3779b97f4a7c15;
   uint64_t mixed = 0;
   auto mix = [&](uint64_t value) {
     mixed = (mixed ^ value) * odd;
@@ -81,7 +81,7 @@ uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FE
     mix((uint64_t)tensor);
     for (uint64_t n = 0; tensor && n < samples && n < words; ++n) {
       uint16_t word;
-      memcpy(&word, tensor + (step ? n * step + n * odd % step : n) * 2, 2);
+      memcpy(&word, tensor + (step ? n * step + ((n * odd >> 40) * step >> 24) : n) * 2, 2);  // one in each part
       mix(word);
     }
   }

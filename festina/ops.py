@@ -230,6 +230,27 @@ def run(call: Call) -> backends.Outputs:
     return backends.get(backends.select(backends.Case.of(call), backends.forced())).forward(call)
 
 
+def step(
+    layer: LayerSpec,
+    parameters: Sequence[Tensor],
+    input: Tensor,
+    state: Sequence[Tensor],
+    zoneout: float,
+    zoneout_cell: float,
+) -> list[Tensor] | None:
+    """One step of a cell by a backend's shorter way, where there is one and nobody follows; else None, with nothing done.
+
+    Nothing need be checked before, and states are as users hold them, `[B, P]` and `[B, H]`: where something does not fit
+    the answer is None, and `run` tells why.
+    """
+    if torch.is_grad_enabled() or _is_watched((input, *state)):
+        return None
+    for backend in backends.steppers():
+        if (found := backend.step(layer, parameters, input, state, zoneout, zoneout_cell)) is not None:
+            return found
+    return None
+
+
 def _is_recorded(tensors: Sequence[Tensor]) -> bool:
     """Autograd follows these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

@@ -1,7 +1,7 @@
 """The compiled core on its own: what `test_backends.py`, which every backend goes through, cannot see from outside.
 
 Instruction sets and numbers of threads in turn, the lanes of AVX-512 on vectors made of AVX2 registers, sigmoid, tanh and
-products in C++, long sequences in float32, wrong structs, packed weights, and the free list.
+products in C++, long sequences in float32, wrong structs, packed weights, single steps, and the free list.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import torch
 from cases import CASES
 from threadpoolctl import threadpool_info
 
-from festina import norms, reference
+import festina
+from festina import backends, norms, ops, reference
 from festina.backends import core, cpu
 from festina.backends.cpu import CPU, saved_bytes
 from festina.backends.pool import POOL, Pool
@@ -246,6 +248,88 @@ def test_packed_weights_follow_the_parameters():
         assert not torch.equal(now, before)
         assert torch.equal(now, fresh())
         before = now
+
+
+CELLS = [festina.LayerNormLSTMCell, festina.LayerNormGRUCell, festina.LayerNormIndRNNCell]
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("options", [{}, {"zoneout": 0.3}, {"norm": norms.NONE}, {"bias": False}])
+@pytest.mark.parametrize("B", [1, 3])
+def test_the_short_way_of_a_step_equals_the_long_one(kind, options, B):
+    """The first call packs, the next ones are short; sizes, rates, weights, types and threads change in between."""
+    cell = kind(5, 7, **options).eval()
+    names = cell.spec.cell.states
+
+    def compare(is_short=True, **changed):
+        x = torch.randn(changed.get("B", B), 5)
+        state = tuple(torch.randn(x.shape[0], 7) for _ in names)
+        hx = state if len(names) > 1 else state[0]
+        took = ops.step(cell.spec, cell.layer_parameters(), x, state, cell.zoneout, cell.zoneout_cell)
+        assert (took is not None) == is_short
+        got, long = cell(x, hx), cell(x, hx, resets=torch.zeros(x.shape[0], dtype=torch.bool))
+        for a, b, c in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, long)), took or state):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+            assert not is_short or torch.equal(a, c)
+
+    with torch.no_grad():
+        compare(is_short=False)
+        compare()
+        compare(B=B + 1)
+        cell.zoneout = 0.6
+        compare()
+        cell.weight_ih.mul_(2)
+        compare(is_short=False)
+        cell.weight_ih.data.mul_(2)
+        compare(is_short=False)
+        compare()
+        with backends.use("eager"):
+            compare(is_short=False)
+
+
+def test_the_short_way_steps_aside():
+    """For autograd, autocast, subclasses, masks, and whatever does not fit: then the long way says what is wrong."""
+    cell, x, h = festina.LayerNormGRUCell(5, 7, zoneout=0.5), torch.randn(2, 5), torch.randn(2, 7)
+
+    def step(x=x, h=h):
+        return ops.step(cell.spec, cell.layer_parameters(), x, (h,), 0.5, 0.0)
+
+    with torch.no_grad():
+        cell.eval()(x, h)
+        assert step() is not None
+        assert (
+            step(x[:, :4])
+            is step(x[:1])
+            is step(x.double())
+            is step(h=h.double())
+            is step(h=h[:, :6])
+            is step(h=None)
+            is None
+        )
+        with torch.autocast("cpu"):
+            assert step() is None
+        with pytest.raises(ValueError, match="input_size = 5, got 4"):
+            cell(x[:, :4], h)
+        first, second = (cell.train()(x, h) for _ in range(2))
+        assert not torch.equal(first, second)  # the masks of Zoneout are drawn
+    assert step() is None
+    assert cell(x, h).requires_grad
+
+
+def test_steps_of_several_threads_do_not_meet():
+    cell = festina.LayerNormLSTMCell(16, 32).eval()
+    inputs = torch.randn(64, 1, 16)
+
+    def walk(_):
+        state = (torch.zeros(1, 32), torch.zeros(1, 32))
+        with torch.inference_mode():
+            for x in inputs:
+                state = cell(x, state)
+        return state[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(walk, range(16)))
+    assert all(torch.equal(outputs[0], h) for h in outputs)
 
 
 def test_packed_weights_go_with_their_parameters():

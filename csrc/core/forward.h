@@ -67,7 +67,7 @@ template <class T> struct Forward {
     }
   }
 
-  long slot(long step, long index) const { return is_training ? order.token(step) : part.group * projected_rows + part.row + index; }
+  long slot(long step, long index) const { return is_training ? order.token(step) : part.group * s.projected() + part.row + index; }
 
   // The state before the first step of a row, in the buffers that the step reads.
   void enter(long r, long step, bool is_reset) {

@@ -64,7 +64,8 @@ struct Shape {
   }
   long columns() const { return traits.gates * units; }
   long row_groups() const { return max(1, min(threads, B / rows_a_group)); }
-  long projected_slots() const { return row_groups() * projected_rows + B; }
+  long projected() const { return min(projected_rows, N); }
+  long projected_slots() const { return row_groups() * projected() + B; }
   // Stretches of about even length, each of whole steps.
   long stretch() const {
     long groups = row_groups(), count = max(1, ceil_div(N, groups * stretch_rows));

@@ -73,6 +73,24 @@ class Backend(Protocol):
         """
 
 
+class Stepper(Backend, Protocol):
+    """A backend that has a shorter way for cells, which are called so often that checks cost more than kernels."""
+
+    def step(
+        self,
+        layer: LayerSpec,
+        parameters: Sequence[Tensor],
+        input: Tensor,
+        state: Sequence[Tensor],
+        zoneout: float,
+        zoneout_cell: float,
+    ) -> list[Tensor] | None:
+        """The new states `[B, P]`, `[B, H]`, or None, with nothing done, where this way does not serve.
+
+        Nobody follows or transforms the call. Nothing else is checked yet; the states lack the axis of directions.
+        """
+
+
 ON_REQUEST = {"triton": "not yet measured on a device; backends.use('triton') asks for it"}
 """Backends that run only where they are forced, each with the reason."""
 
@@ -88,6 +106,12 @@ def registry() -> dict[str, Backend]:
 
     listed: tuple[Backend, ...] = (TRITON, CPU, EAGER)
     return {backend.name: backend for backend in listed}
+
+
+@cache
+def steppers() -> tuple[Stepper, ...]:
+    """The backends with a shorter way for one step, best first."""
+    return tuple(backend for backend in registry().values() if hasattr(backend, "step"))  # type: ignore[misc]
 
 
 def names() -> tuple[str, ...]:

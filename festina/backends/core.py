@@ -114,6 +114,7 @@ def library() -> Library:
     return Library(core, None)
 
 
+@lru_cache(maxsize=1)
 def functions() -> ctypes.CDLL:
     """The core's functions.
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from festina import backends
 from festina.backends import Case, Outputs, core
 from festina.backends.pool import POOL
 from festina.reference import Call
@@ -190,6 +191,17 @@ def new_outputs(call: Call, args: core.FestinaCall) -> Outputs:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """A step that lacks only its tensors: a cell that is asked for one step after the other starts from here."""
+
+    key: tuple[Any, ...]
+    shapes: list[torch.Size]
+    args: core.FestinaCall
+    address: int
+    workspace: Tensor
+
+
+@dataclass(frozen=True)
 class Packed:
     """Weights in the order of the kernels, and what tells whether they still are what the parameters hold."""
 
@@ -198,28 +210,33 @@ class Packed:
     fingerprint: int
     sizes: Any
     buffer: Tensor
+    ready: list[Ready]
+
+    def still_holds(self, args: core.FestinaCall) -> bool:
+        """The parameters that `args` points to have the fingerprint of those that were packed."""
+        same: bool = core.functions().festina_fingerprint(args, self.sizes) == self.fingerprint
+        return same
 
 
 class PackedCache:
     """Packed weights by their parameters, dropped with the first of them.
 
     A parameter counts as unchanged while it is the same object at the same address with the same version and the same
-    fingerprint. The fingerprint samples 64 values: it is there for writes through `.data`, which leave the version alone.
+    fingerprint. The fingerprint samples 32 values: it is there for writes through `.data`, which leave the version alone.
     """
 
     def __init__(self) -> None:
         self._found: dict[int, Packed] = {}
 
-    def get(self, call: Call, args: core.FestinaCall) -> Tensor | None:
-        """The packed weights, if they are still true."""
-        found = self._found.get(id(call.parameters[0]))
+    def find(self, parameters: Sequence[Tensor]) -> Packed | None:
+        """What was packed of these parameters; whether it `still_holds` is left to ask."""
+        found = self._found.get(id(parameters[0]))
         if found is None:
             return None
-        for ref, version, p in zip(found.parameters, found.versions, call.parameters):
+        for ref, version, p in zip(found.parameters, found.versions, parameters):
             if ref() is not p or p._version != version:
                 return None
-        same = core.functions().festina_fingerprint(args, found.sizes) == found.fingerprint
-        return found.buffer if same else None
+        return found
 
     def put(self, call: Call, args: core.FestinaCall, buffer: Tensor) -> None:
         """Keep what was packed, unless no version or no address could tell when a parameter changes."""
@@ -233,7 +250,7 @@ class PackedCache:
         if key not in self._found:
             weakref.finalize(parameters[0], self._found.pop, key, None).atexit = False
         versions = [p._version for p in parameters]
-        self._found[key] = Packed([weakref.ref(p) for p in parameters], versions, fingerprint, sizes, buffer)
+        self._found[key] = Packed([weakref.ref(p) for p in parameters], versions, fingerprint, sizes, buffer, [])
 
 
 def short(dtype: torch.dtype) -> str:
@@ -267,15 +284,73 @@ class Cpu:
         at = Pointers()
         args, common = struct_of(call, core.INFERENCE, at)
         outputs = new_outputs(call, args)
-        packed = self._packed.get(call, args)
-        args.is_packed = packed is not None
-        if packed is None:
-            packed = POOL.tensor(common.packed)
+        found = self._packed.find(call.parameters)
+        args.is_packed = found is not None and found.still_holds(args)
+        packed = found.buffer if found and args.is_packed else POOL.tensor(common.packed)
         args.packed = packed.data_ptr()
         carry_out(args, common.workspace)
         if not args.is_packed:
             self._packed.put(call, args, packed)
         return outputs
+
+    def step(
+        self,
+        layer: LayerSpec,
+        parameters: Sequence[Tensor],
+        input: Tensor,
+        state: Sequence[Tensor],
+        zoneout: float,
+        zoneout_cell: float,
+    ) -> list[Tensor] | None:
+        found = self._packed.find(parameters)
+        if found is None or not (input.is_cpu and input.is_contiguous()) or torch.is_autocast_enabled("cpu"):
+            return None
+        dtype = input.dtype
+        key = (input.shape, dtype, zoneout, zoneout_cell, torch.get_num_threads(), backends.forced())
+        try:
+            ready = found.ready.pop()  # whoever takes it has it alone, until it is put back
+        except IndexError:
+            ready = None
+        if ready is None or ready.key != key:
+            ready = self._get_ready(layer, parameters, input, (zoneout, zoneout_cell), key, found.buffer)
+        if ready is None or not found.still_holds(ready.args):
+            return None
+        for tensor, shape in zip(state, ready.shapes):
+            if tensor.shape != shape or tensor.dtype != dtype or not (tensor.is_cpu and tensor.is_contiguous()):
+                return None
+        args, (h_0, *c_0) = ready.args, state
+        outputs = [torch.empty_like(tensor) for tensor in state]
+        args.input, args.h_0 = input.data_ptr(), h_0.data_ptr()
+        args.output = args.h_n = outputs[0].data_ptr()  # the output of one step is the new h
+        if c_0:
+            args.c_0, args.c_n = c_0[0].data_ptr(), outputs[1].data_ptr()
+        core.check(core.functions().festina_run(ready.address))
+        found.ready.append(ready)
+        return outputs
+
+    def _get_ready(
+        self,
+        layer: LayerSpec,
+        parameters: Sequence[Tensor],
+        input: Tensor,
+        rates: tuple[float, float],
+        key: tuple[Any, ...],
+        packed: Tensor,
+    ) -> Ready | None:
+        """What steps of these sizes have in common; None for what is refused, or done by another backend."""
+        B, I = input.shape
+        weight = parameters[0]
+        is_fit = B > 0 and weight.shape[1] == I and all(p.dtype == input.dtype and p.is_cpu for p in parameters)
+        if not is_fit or backends.select(Case(layer, input.dtype, "cpu"), backends.forced()) != self.name:
+            return None
+        H = weight.shape[0] // len(layer.cell.gates)
+        P = parameters[layer.parameter_names.index("weight_hr")].shape[0] if layer.projected else H
+        call = Call(layer, input, input.new_empty(1, B, P), None, tuple(parameters))
+        call.zoneout, call.zoneout_cell = rates
+        args, common = struct_of(call, core.INFERENCE, Pointers())
+        workspace = POOL.tensor(common.workspace)
+        args.packed, args.is_packed, args.workspace = packed.data_ptr(), 1, workspace.data_ptr()
+        return Ready(key, [torch.Size((B, P)), torch.Size((B, H))], args, ctypes.addressof(args), workspace)
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         at = Pointers()
