@@ -1,7 +1,8 @@
-"""The `festina` command: what it prints and writes, how it ends, and that its demo compares like with like."""
+"""The `festina` command: what it prints and writes, how it ends, and that demo and bench compare like with like."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import torch
 
 import festina
 from festina import cli
+from festina.cli import bench as benchmark
 from festina.cli.demo import text
 from festina.cli.demo.training import Race, Settings
 from festina.cli.demo.world import World
@@ -268,3 +270,37 @@ def test_windows_follow_one_another():
     assert torch.equal(targets, inputs + 1)
     assert torch.equal(after[0], targets[-1])
     assert len(windows) == 33 // 4
+
+
+def bench(tmp_path: Path, *args: str) -> tuple[int, list[dict]]:
+    out = tmp_path / "results.jsonl"
+    sizes = ("--batch", "3", "--input", "5", "--hidden", "7", "--steps", "9", "--seconds", "0")
+    status = cli.main(["bench", *sizes, "--out", str(out), *args])
+    return status, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+
+
+def test_bench_measures_every_pass_beside_its_peers(tmp_path):
+    others = {"forward": {"loop"}, "forward+backward": {"loop"}, "ragged": {"full"}, "resets": {"plain"}, "step": set()}
+    status, rows = bench(tmp_path, "--cells", "lstm", "gru", "--passes", *others, "--loop")
+    assert status == 0
+    assert [(row["case"].split("-")[0], row["pass"]) for row in rows] == list(
+        itertools.product(("lstm", "gru"), others)
+    )
+    for row in rows:
+        assert set(row["ratio"]) == {"torch.nn"} | others[row["pass"]]
+        assert all(0 < p20 <= median <= p80 for median, p20, p80 in row["ratio"].values())
+        assert row["runs"] >= 7
+
+
+def test_bench_prints_no_number_for_a_wrong_result(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(benchmark.ALLOWED, torch.float32, 1e-12)
+    status, rows = bench(tmp_path)
+    assert (status, rows) == (1, [])
+    assert "differs from the float64 reference" in " ".join(capsys.readouterr().out.split())
+
+
+def test_lengths_of_the_ragged_batch():
+    point = benchmark.Point("lstm", "HASTE", 200, 64, 1, 1, "float32")
+    lengths = point.lengths()
+    assert (min(lengths), max(lengths), len(lengths)) == (25, 200, 64)
+    assert point.gflop("ragged") / point.gflop("forward+backward") == pytest.approx(sum(lengths) / (200 * 64))

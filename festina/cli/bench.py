@@ -2,10 +2,17 @@
 
 Every case is compared with the float64 reference first, outputs and all gradients; a case that fails prints no number.
 Then the contestants take turns in one process. A ratio is festina's time over the other's, the median of paired rounds:
-below 1, festina is faster. One JSON line a case goes to --out.
+below 1, festina is faster. One JSON line a case goes to --out. The passes:
+
+  forward, forward+backward   the layer over T steps, beside torch.nn's
+  ragged                      forward+backward over rows of T/8 to T steps, beside torch.nn with a PackedSequence and beside
+                              festina over all T steps of every row ("full"); --steps 200 --batch 64 is the usual case
+  resets                      forward+backward with a reset every 50 steps or so, beside the same without ("plain")
+  step                        one step of a cell in inference, beside torch.nn's cell
 
   festina bench                                       a few cases, half a minute
   festina bench --grid haste --threads 2              haste's grid, 80 cases a cell and pass
+  festina bench --passes step --batch 1               one step
   festina bench --cells gru --batch 1 32 --hidden 256 --plan HASTE NONE
 """
 
@@ -62,24 +69,32 @@ class Point:
     def __str__(self) -> str:
         return f"{self.cell}-{self.plan}-T{self.T}B{self.B}I{self.I}H{self.H}-{self.dtype}"
 
-    def gflop(self, training: bool) -> float:
-        """Of the matrix products: 2·T·B·G·H·(I + H) forward, twice that again backward."""
+    def gflop(self, name: str) -> float:
+        """Of the matrix products of a pass: 2·G·H·(I + H) a step of a row forward, twice that again backward."""
         gates = len(festina.spec.CELLS[self.cell].gates)
-        return 2e-9 * self.T * self.B * gates * self.H * (self.I + self.H) * (3 if training else 1)
+        steps = {"step": self.B, "ragged": sum(self.lengths())}.get(name, self.T * self.B)
+        return 2e-9 * steps * gates * self.H * (self.I + self.H) * (1 if name in ("forward", "step") else 3)
+
+    def lengths(self) -> list[int]:
+        """Of the ragged batch: spread evenly over T/8 to T."""
+        shortest = max(1, self.T // 8)
+        return [shortest + (self.T - shortest) * row // max(1, self.B - 1) for row in range(self.B)]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", choices=GRIDS, default="quick", help="sizes to go through (default: quick)")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=["lstm"])
     parser.add_argument("--plan", nargs="+", choices=PLANS, default=["HASTE"], help="where the norms sit")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=["forward", "forward+backward"])
     for name in ("batch", "input", "hidden"):
         parser.add_argument(f"--{name}", nargs="+", type=int, metavar="N", help=f"{name} sizes instead of the grid's")
     parser.add_argument("--steps", type=int, default=50, metavar="T")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
-    parser.add_argument("--loop", action="store_true", help="race the Python loop over the reference too")
+    parser.add_argument(
+        "--loop", action="store_true", help="forward, forward+backward: race a Python loop over the reference too"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="for each case and pass (default: 1)")
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
 
@@ -107,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
         "peak_gflops": round(gemm_peak(dtype, args.device), 1),
     }
     console.print(", ".join(f"{key} {value}" for key, value in conditions.items()))
-    table = Table(title="time of festina, and its ratio to torch.nn and to the Python loop (median, 20–80 %)")
-    for column in ("case", "pass", "µs", "/ torch.nn", "/ loop", "GFLOP/s", "% of GEMM"):
+    table = Table(title="time of festina, and its ratio to others (median, 20–80 %)")
+    for column in ("case", "pass", "µs", "/ torch.nn", "/ other", "GFLOP/s", "% of GEMM"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("case", "pass") else "right")
     failures = 0
     with console.status("") as status:
@@ -148,9 +163,9 @@ def layers(point: Point, device: str) -> tuple[festina.layers.Recurrent, nn.RNNB
     return layer, theirs(point.I, point.H, **options)
 
 
-def trained(layer: nn.Module, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
+def trained(layer: nn.Module, x: Tensor, cotangent: Tensor, **options: Any) -> dict[str, Tensor]:
     """Output and the gradients of input and parameters."""
-    y = layer(x)[0]
+    y = layer(x, **options)[0]
     names, parameters = zip(*layer.named_parameters())
     gradients = torch.autograd.grad(y, [x, *parameters], cotangent)
     return {"output": y.detach(), **{f"d_{name}": gradient for name, gradient in zip(("input", *names), gradients)}}
@@ -176,9 +191,9 @@ def contestants(point: Point, name: str, device: str, loop: bool) -> dict[str, W
     """What takes turns: festina first, then its peers."""
     layer, peer = layers(point, device)
     x = torch.randn(point.T, point.B, point.I, device=device).to(DTYPES[point.dtype])
-    work = {"festina": PASSES[name](layer, x), "torch.nn": PASSES[name](peer, x)}
-    if loop:
-        work["loop"] = PASSES[name](Loop(layer), x)
+    work = PASSES[name](point, layer, peer, x)
+    if loop and name in LOOPED:
+        work["loop"] = LOOPED[name](Loop(layer), x)
     return work
 
 
@@ -198,31 +213,82 @@ class Loop(nn.Module):
         return output.view(T, B, -1), h_n
 
 
-def _forward(layer: nn.Module, x: Tensor) -> Work:
+def _inference(layer: nn.Module, *arguments: Any) -> Work:
     def work() -> None:
         with torch.inference_mode():
-            layer(x)
+            layer(*arguments)
 
     return work
 
 
-def _forward_backward(layer: nn.Module, x: Tensor) -> Work:
+def _training(layer: nn.Module, x: Tensor, **options: Any) -> Work:
     x = x.detach().requires_grad_()
-    cotangent = torch.randn_like(layer(x)[0])
-    return lambda: trained(layer, x, cotangent)
+    cotangent = torch.randn_like(layer(x, **options)[0])
+    return lambda: trained(layer, x, cotangent, **options)
 
 
-PASSES: dict[str, Callable[[nn.Module, Tensor], Work]] = {
+def _forward(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
+    return {"festina": _inference(layer, x), "torch.nn": _inference(peer, x)}
+
+
+def _forward_backward(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
+    return {"festina": _training(layer, x), "torch.nn": _training(peer, x)}
+
+
+class Packing(nn.Module):
+    """torch.nn's way with ragged rows: packed before, padded again after."""
+
+    def __init__(self, layer: nn.Module, lengths: list[int]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.lengths = torch.tensor(lengths)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        output, state = self.layer(nn.utils.rnn.pack_padded_sequence(x, self.lengths, enforce_sorted=False))
+        return nn.utils.rnn.pad_packed_sequence(output)[0], state
+
+
+def _ragged(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
+    lengths = point.lengths()
+    return {
+        "festina": _training(layer, x, lengths=lengths),
+        "torch.nn": _training(Packing(peer, lengths), x),
+        "full": _training(layer, x),
+    }
+
+
+def _resets(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
+    resets = torch.rand(point.T, point.B, device=x.device) < 0.02
+    return {"festina": _training(layer, x, resets=resets), "torch.nn": _training(peer, x), "plain": _training(layer, x)}
+
+
+def _step(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
+    cells = {nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell}
+    beside = cells[type(peer)](point.I, point.H, device=x.device, dtype=x.dtype)
+    h = x.new_zeros(point.B, point.H)
+    state = (h, h.clone()) if isinstance(beside, nn.LSTMCell) else h
+    cell = layer.cell()  # type: ignore[operator]
+    return {"festina": _inference(cell, x[0], state), "torch.nn": _inference(beside, x[0], state)}
+
+
+PASSES: dict[str, Callable[[Point, nn.Module, nn.Module, Tensor], dict[str, Work]]] = {
     "forward": _forward,
     "forward+backward": _forward_backward,
+    "ragged": _ragged,
+    "resets": _resets,
+    "step": _step,
 }
+
+
+LOOPED: dict[str, Callable[[nn.Module, Tensor], Work]] = {"forward": _inference, "forward+backward": _training}
+"""The passes that a Python loop can join."""
 
 
 def record(point: Point, name: str, device: str, found: Race, conditions: dict[str, Any]) -> dict[str, Any]:
     """One line of results: the number with its conditions."""
     ours = found.time_us["festina"]
     layer, _ = layers(point, "meta")
-    gflops = point.gflop(name != "forward") / (ours.median * 1e-6)
+    gflops = point.gflop(name) / (ours.median * 1e-6)
     backend = backends.select(backends.Case(layer.spec, DTYPES[point.dtype], device), backends.forced())
     return {
         "case": str(point),
@@ -243,12 +309,13 @@ def record(point: Point, name: str, device: str, found: Race, conditions: dict[s
 
 def cells_of(row: dict[str, Any]) -> list[str]:
     """A result as a row of the table."""
-    ratios = [row["ratio"].get(peer) for peer in ("torch.nn", "loop")]
+    ratios = {peer: "{:.2f} ({:.2f}–{:.2f})".format(*ratio) for peer, ratio in row["ratio"].items()}
     return [
         row["case"],
         row["pass"],
         f"{row['median_us']:.0f}",
-        *("" if ratio is None else "{:.2f} ({:.2f}–{:.2f})".format(*ratio) for ratio in ratios),
+        ratios.pop("torch.nn"),
+        ", ".join(f"{peer} {ratio}" for peer, ratio in ratios.items()),
         f"{row['gflops']:.1f}",
         f"{row['percent_of_peak']:.0f}",
     ]
