@@ -1,4 +1,3 @@
-#include <omp.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -6,6 +5,14 @@
 #include <sys/mman.h>
 
 #include "dispatch.h"
+
+// The entry of libgomp, which is the OpenMP that torch loads. A pragma would do the same under GCC, but Clang makes it a call
+// of its own libomp: two runtimes in a process, each with threads for all cores.
+extern "C" {
+void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned flags);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+}
 
 namespace {
 
@@ -36,8 +43,15 @@ int check(const FestinaCall* call) {
 
 void parallel(long threads, void* context, void (*body)(void*, long, long)) {
   if (threads == 1) return body(context, 0, 1);
-#pragma omp parallel num_threads((int)threads)
-  body(context, omp_get_thread_num(), omp_get_num_threads());
+  struct Team {
+    void* context;
+    void (*body)(void*, long, long);
+  } team{context, body};
+  auto member = [](void* data) {
+    Team* team = (Team*)data;
+    team->body(team->context, omp_get_thread_num(), omp_get_num_threads());
+  };
+  GOMP_parallel(member, &team, (unsigned)threads, 0);
 }
 
 }  // namespace

@@ -122,6 +122,10 @@ INDRNN = CellSpec(
 )
 INDRNN_RELU = replace(INDRNN, name="indrnn_relu", steps={"none": "indrnn_relu", "separate": "indrnn_relu"})
 
+SAVED = 2
+"""Counts changes of what any backend saves for backward. torch.compile keeps graphs on disk, with the sizes of saved tensors in
+them; with this number in its `token` a layer never meets the graph of another version."""
+
 CELLS: dict[str, CellSpec] = {spec.name: spec for spec in (LSTM, GRU, INDRNN, INDRNN_RELU)}
 """Every cell by name: the list that tests, benchmarks and kernels go through."""
 
@@ -153,7 +157,7 @@ class LayerSpec:
         object.__setattr__(self, "plan", self.cell.fit(self.plan))
         object.__setattr__(self, "parameter_names", tuple(self.parameter_shapes(1, 1, 1)))
         fields = {"plan": self.plan.to_dict(), "bias": self.bias, "projected": self.projected}
-        token = json.dumps({"cell": self.cell.name, **fields, "directions": self.directions})
+        token = json.dumps({"cell": self.cell.name, **fields, "directions": self.directions, "saved": SAVED})
         object.__setattr__(self, "token", token)
 
     def __hash__(self) -> int:
@@ -219,6 +223,7 @@ class LayerSpec:
     def parse(token: str) -> LayerSpec:
         """The layer that a `token` stands for."""
         fields = json.loads(token)
+        del fields["saved"]
         return LayerSpec(
             **{**fields, "cell": CELLS[fields["cell"]], "plan": NormPlan(**fields["plan"])},
         )

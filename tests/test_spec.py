@@ -274,3 +274,10 @@ def test_tokens_tell_layers_apart():
         for bias, projected, directions in product((True, False), (True, False), (1, 2))
     ]
     assert len({layer.token for layer in layers}) == len(set(layers)) == len(layers)
+
+
+def test_a_token_is_of_one_version_of_what_is_saved(monkeypatch):
+    """Else a compiled graph that torch keeps on disk would meet saved tensors of other sizes after an upgrade."""
+    before = LayerSpec(CELLS["lstm"])
+    monkeypatch.setattr(spec, "SAVED", spec.SAVED + 1)
+    assert LayerSpec(CELLS["lstm"]).token != before.token
