@@ -11,7 +11,7 @@ from cases import EVERY_PLAN, RAW_PLANS
 from torch import nn
 
 import festina
-from festina import norms, reference
+from festina import norms, reference, spec
 from festina.norms import PLANS, NormPlan
 from festina.spec import CELLS, GRU, INDRNN, LSTM, LayerSpec
 from festina.testing import Case, plan_label
