@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,18 +56,18 @@ class Null:
         return [torch.empty_like(tensor) if want else None for tensor, want in zip(call.tensors(), wanted)]
 
 
-def forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
+def forward(module: nn.Module, *inputs: Any) -> Callable[[], object]:
     def work() -> None:
         with torch.inference_mode():
-            module(x)
+            module(*inputs)
 
     return work
 
 
-def forward_backward(module: nn.Module, x: Tensor) -> Callable[[], object]:
+def forward_backward(module: nn.Module, *inputs: Any) -> Callable[[], object]:
     parameters = list(module.parameters())
-    cotangent = torch.ones_like(module(x)[0])
-    return lambda: torch.autograd.grad(module(x)[0], parameters, cotangent)
+    cotangent = torch.ones_like(module(*inputs)[0])
+    return lambda: torch.autograd.grad(module(*inputs)[0], parameters, cotangent)
 
 
 def race(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -89,16 +90,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     backends.registry()["null"] = Null()
-    modules: list[tuple[nn.Module, Tensor]] = [
-        *((kind(H, H), torch.randn(1, 1, H)) for kind in (nn.LSTM, festina.LSTM, festina.LayerNormLSTM)),
-        *((kind(H, H), torch.randn(1, H)) for kind in (nn.LSTMCell, festina.LSTMCell, festina.LayerNormLSTMCell)),
+    x, state = torch.randn(1, H), (torch.zeros(1, H), torch.zeros(1, H))
+    modules: list[tuple[Any, ...]] = [
+        *((kind(H, H), x[None]) for kind in (nn.LSTM, festina.LSTM, festina.LayerNormLSTM)),
+        *((kind(H, H), x, state) for kind in (nn.LSTMCell, festina.LSTMCell, festina.LayerNormLSTMCell)),
     ]
     with backends.use(args.backend) if args.backend else nullcontext():
         found = [
-            race({f"{type(m).__module__.split('.')[0]}.{type(m).__name__}": run(m, x) for m, x in modules}, args.rounds)
+            race(
+                {f"{type(m).__module__.split('.')[0]}.{type(m).__name__}": run(m, *inputs) for m, *inputs in modules},
+                args.rounds,
+            )
             for run in (forward, forward_backward)
         ]
-    print(f"torch {torch.__version__}, backend {args.backend or backends.explain(modules[2][0], modules[2][1])}")
+    print(f"torch {torch.__version__}, backend {args.backend or backends.explain(modules[2][0], x)}")
     print(f"{'µs a call':28}{'forward':>10}{'forward+backward':>20}")
     for name in found[0]:
         print(f"{name:28}{found[0][name]:10.1f}{found[1][name]:20.1f}")
