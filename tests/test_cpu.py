@@ -60,15 +60,18 @@ def differs(case: Case) -> tuple[float, str]:
     return worst(evaluate(run, call, cotangents), evaluate(reference.run, widened(call), cotangents))
 
 
+INNER = next(plan for plan in norms.PLANS.values() if plan.inner_bias and not plan.inner_bias_hh)
+
 # Rows and units enough to be split among threads in either way, and not evenly.
 SPLIT = [
     Case("lstm", norms.HASTE, T=5, B=3, I=9, H=70, features=("zoneout", "resets")),
     Case("lstm", norms.HASTE, T=5, B=37, I=9, H=40, features=("ragged", "resets", "bidirectional")),
+    Case("lstm", norms.HASTE, T=5, B=101, I=9, H=40, features=("ragged", "resets")),
     Case("lstm", norms.ICEFALL, T=5, B=2, I=9, H=70, P=33, features=("bidirectional", "zoneout_cell")),
     Case("lstm", norms.FASTRNNS, T=5, B=17, I=9, H=33, features=("expectation", "idle", "ragged")),
     Case("lstm", norms.NONE, T=4, B=1, I=9, H=70, P=5),
     Case("gru", norms.HASTE, T=5, B=3, I=9, H=70, features=("ragged", "zoneout")),
-    Case("gru", norms.NONE, T=5, B=33, I=9, H=33, features=("bidirectional",)),
+    Case("gru", norms.NONE, T=5, B=131, I=9, H=33, features=("bidirectional",)),
     Case("gru", norms.DREAMER, T=5, B=3, I=9, H=70, features=("resets",)),
     Case("indrnn", norms.HASTE, T=5, B=3, I=9, H=70, features=("resets", "bidirectional")),
     Case("indrnn_relu", norms.NONE, T=5, B=17, I=9, H=33),
@@ -83,6 +86,25 @@ def test_threads_share_the_work(case, dtype, threads, monkeypatch):
     case = replace(case, dtype=dtype)
     found, name = differs(case)
     assert found <= TOLERANCES[dtype], f"{name} differs by {found:.2e}"
+
+
+# More rows than backward goes back over at once, in one group and in several: a stretch ends within the sequence.
+LONG = [
+    Case("lstm", norms.HASTE, T=40, B=70, I=9, H=20, features=("ragged", "resets", "bidirectional")),
+    Case("lstm", norms.HASTE, T=22, B=100, I=9, H=20, P=7, features=("bidirectional", "zoneout_cell")),
+    Case("lstm", INNER, T=260, B=5, I=3, H=5),
+    Case("lstm", norms.NONE, T=3, B=1500, I=3, H=5),
+    Case("gru", norms.HASTE, T=150, B=9, I=9, H=20),
+    Case("indrnn", norms.HASTE, T=40, B=70, I=9, H=20, features=("ragged",)),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_backward_in_several_stretches(case, threads, monkeypatch):
+    monkeypatch.setattr(cpu, "threads_for", lambda *_: threads)
+    found, name = differs(replace(case, dtype=torch.float64))
+    assert found <= TOLERANCES[torch.float64], f"{name} differs by {found:.2e}"
 
 
 OTHERS = """
