@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from festina import functional, norms, ops, spec
+from festina.backends import Step
 from festina.module import RecurrentBase
 from festina.norms import NormPlan
 from festina.packing import check_resets
@@ -91,12 +92,12 @@ class Cell(RecurrentBase):
         return cell.train(layer.training)
 
     def _step(self, input: Tensor, hx: Any) -> Any:
-        """The new state by the shorter way of `ops.step`; None where there is none, or something does not fit."""
+        """The new state by the shorter way of `ops.run_step`; None where there is none, or something does not fit."""
         is_random = self.training and (self.zoneout or self.zoneout_cell or self.dropconnect)
         state = hx if isinstance(hx, tuple) else (hx,)
         if is_random or input.dim() != 2 or len(state) != len(self.cell_spec.states):
             return None
-        found = ops.step(self.spec, self.layer_parameters(), input, state, self.zoneout, self.zoneout_cell)
+        found = ops.run_step(Step(self.spec, self.layer_parameters(), input, state, self.zoneout, self.zoneout_cell))
         if found is None:
             return None
         return tuple(found) if isinstance(hx, tuple) else found[0]

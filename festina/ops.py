@@ -230,23 +230,15 @@ def run(call: Call) -> backends.Outputs:
     return backends.get(backends.select(backends.Case.of(call), backends.forced())).forward(call)
 
 
-def step(
-    layer: LayerSpec,
-    parameters: Sequence[Tensor],
-    input: Tensor,
-    state: Sequence[Tensor],
-    zoneout: float,
-    zoneout_cell: float,
-) -> list[Tensor] | None:
+def run_step(step: backends.Step) -> list[Tensor] | None:
     """One step of a cell by a backend's shorter way, where there is one and nobody follows; else None, with nothing done.
 
-    Nothing need be checked before, and states are as users hold them, `[B, P]` and `[B, H]`: where something does not fit
-    the answer is None, and `run` tells why.
+    Nothing need be checked before: where something does not fit the answer is None, and `run` tells why.
     """
-    if torch.is_grad_enabled() or _is_watched((input, *state)):
+    if torch.is_grad_enabled() or _is_watched((step.input, *step.state)):
         return None
     for backend in backends.steppers():
-        if (found := backend.step(layer, parameters, input, state, zoneout, zoneout_cell)) is not None:
+        if (found := backend.step(step)) is not None:
             return found
     return None
 

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_info
 
 import festina
 from festina import backends, norms, ops, reference
-from festina.backends import core, cpu
+from festina.backends import Step, core, cpu
 from festina.backends.cpu import CPU, saved_bytes
 from festina.backends.pool import POOL, Pool
 from festina.reference import Call
@@ -287,7 +287,7 @@ def test_the_short_way_of_a_step_equals_the_long_one(kind, options, B):
         x = torch.randn(changed.get("B", B), 5)
         state = tuple(torch.randn(x.shape[0], 7) for _ in names)
         hx = state if len(names) > 1 else state[0]
-        took = ops.step(cell.spec, cell.layer_parameters(), x, state, cell.zoneout, cell.zoneout_cell)
+        took = ops.run_step(Step(cell.spec, cell.layer_parameters(), x, state, cell.zoneout, cell.zoneout_cell))
         assert (took is not None) == is_short
         got, long = cell(x, hx), cell(x, hx, resets=torch.zeros(x.shape[0], dtype=torch.bool))
         for a, b, c in zip(*(t if isinstance(t, tuple) else (t,) for t in (got, long)), took or state):
@@ -314,7 +314,7 @@ def test_the_short_way_steps_aside():
     cell, x, h = festina.LayerNormGRUCell(5, 7, zoneout=0.5), torch.randn(2, 5), torch.randn(2, 7)
 
     def step(x=x, h=h):
-        return ops.step(cell.spec, cell.layer_parameters(), x, (h,), 0.5, 0.0)
+        return ops.run_step(Step(cell.spec, cell.layer_parameters(), x, (h,), 0.5, 0.0))
 
     with torch.no_grad():
         cell.eval()(x, h)

@@ -73,22 +73,22 @@ class Backend(Protocol):
         """
 
 
+class Step(NamedTuple):
+    """One step of a cell, as the cell was called: nothing is checked, and states are `[B, P]` and `[B, H]`."""
+
+    layer: LayerSpec
+    parameters: Sequence[Tensor]
+    input: Tensor
+    state: Sequence[Tensor]
+    zoneout: float
+    zoneout_cell: float
+
+
 class Stepper(Backend, Protocol):
     """A backend that has a shorter way for cells, which are called so often that checks cost more than kernels."""
 
-    def step(
-        self,
-        layer: LayerSpec,
-        parameters: Sequence[Tensor],
-        input: Tensor,
-        state: Sequence[Tensor],
-        zoneout: float,
-        zoneout_cell: float,
-    ) -> list[Tensor] | None:
-        """The new states `[B, P]`, `[B, H]`, or None, with nothing done, where this way does not serve.
-
-        Nobody follows or transforms the call. Nothing else is checked yet; the states lack the axis of directions.
-        """
+    def step(self, step: Step) -> list[Tensor] | None:
+        """The new states, or None, with nothing done, where this way does not serve. Nobody follows or transforms the call."""
 
 
 ON_REQUEST = {"triton": "not yet measured on a device; backends.use('triton') asks for it"}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from festina import backends
-from festina.backends import Case, Outputs, core
+from festina.backends import Case, Outputs, Step, core
 from festina.backends.pool import POOL
 from festina.reference import Call
 from festina.spec import LayerSpec
@@ -293,26 +293,19 @@ class Cpu:
             self._packed.put(call, args, packed)
         return outputs
 
-    def step(
-        self,
-        layer: LayerSpec,
-        parameters: Sequence[Tensor],
-        input: Tensor,
-        state: Sequence[Tensor],
-        zoneout: float,
-        zoneout_cell: float,
-    ) -> list[Tensor] | None:
-        found = self._packed.find(parameters)
+    def step(self, step: Step) -> list[Tensor] | None:
+        input, state = step.input, step.state
+        found = self._packed.find(step.parameters)
         if found is None or not (input.is_cpu and input.is_contiguous()) or torch.is_autocast_enabled("cpu"):
             return None
         dtype = input.dtype
-        key = (input.shape, dtype, zoneout, zoneout_cell, torch.get_num_threads(), backends.forced())
+        key = (input.shape, dtype, step.zoneout, step.zoneout_cell, torch.get_num_threads(), backends.forced())
         try:
             ready = found.ready.pop()  # whoever takes it has it alone, until it is put back
         except IndexError:
             ready = None
         if ready is None or ready.key != key:
-            ready = self._get_ready(layer, parameters, input, (zoneout, zoneout_cell), key, found.buffer)
+            ready = self._get_ready(step, key, found.buffer)
         if ready is None or not found.still_holds(ready.args):
             return None
         for tensor, shape in zip(state, ready.shapes):
@@ -328,16 +321,9 @@ class Cpu:
         found.ready.append(ready)
         return outputs
 
-    def _get_ready(
-        self,
-        layer: LayerSpec,
-        parameters: Sequence[Tensor],
-        input: Tensor,
-        rates: tuple[float, float],
-        key: tuple[Any, ...],
-        packed: Tensor,
-    ) -> Ready | None:
+    def _get_ready(self, step: Step, key: tuple[Any, ...], packed: Tensor) -> Ready | None:
         """What steps of these sizes have in common; None for what is refused, or done by another backend."""
+        layer, parameters, input = step.layer, step.parameters, step.input
         B, I = input.shape
         weight = parameters[0]
         is_fit = B > 0 and weight.shape[1] == I and all(p.dtype == input.dtype and p.is_cpu for p in parameters)
@@ -346,7 +332,7 @@ class Cpu:
         H = weight.shape[0] // len(layer.cell.gates)
         P = parameters[layer.parameter_names.index("weight_hr")].shape[0] if layer.projected else H
         call = Call(layer, input, input.new_empty(1, B, P), None, tuple(parameters))
-        call.zoneout, call.zoneout_cell = rates
+        call.zoneout, call.zoneout_cell = step.zoneout, step.zoneout_cell
         args, common = struct_of(call, core.INFERENCE, Pointers())
         workspace = POOL.tensor(common.workspace)
         args.packed, args.is_packed, args.workspace = packed.data_ptr(), 1, workspace.data_ptr()
