@@ -68,6 +68,27 @@ template <class T> BackwardBuffers<T> take_backward(Arena& arena, Arena& saved, 
   return b;
 }
 
+// Lines of blocked matrices on their way into L2, `at_once` of them at each call.
+template <class T> struct Ahead {
+  Blocked<T> of[3];
+  long columns[3], rows, at_once;
+  int count, which;
+  long column, row;
+
+  void add(Blocked<T> m, long first, long wide) { of[count] = {m.at(first, 0), m.rows}, columns[count++] = wide; }
+  long lines() const { return (columns[0] + columns[1] + columns[2]) * rows; }
+  void share(long lines, long calls) { at_once = ceil_div(lines, max(1, calls)); }
+
+  INLINE void operator()() {
+    for (long i = 0; i < at_once && which < count; ++i) {
+      __builtin_prefetch(of[which].at(column, row), 0, 2);
+      if (++row < rows) continue;
+      row = 0;
+      if (++column == columns[which]) column = 0, ++which;
+    }
+  }
+};
+
 template <class T> struct Backward {
   const FestinaCall& call;
   const Shape& s;
@@ -126,50 +147,63 @@ template <class T> struct Backward {
     return call.resets && call.resets[order.d * s.N + order.token(step) + r];
   }
 
-  // The state that a step began with, and the gradient of the one it made.
+  // The h that a step began with, and the gradient of the state that it made.
   void prepare(long step, long slot) {
     long token = order.token(step), before = order.rows(step - 1);
     Tensor<T> d_output(call.d_output, call.type), output(call.output, call.type);
-    Tensor<T> input(call.input, call.type), h_0(call.h_0, call.type), c_0(call.c_0, call.type);
-    Blocked<T> d_h_new = s.is_projected ? b.d_h_projected : b.d_h_new;
+    Tensor<T> input(call.input, call.type), h_0(call.h_0, call.type);
     long rows = order.rows(step);
     for (long n = part.first(s.inputs); n < part.end(s.inputs); ++n)
       for (long r = 0; r < rows; ++r) input.read((token + r) * s.I, s.I, n, n + 1, b.x, slot + r);
     for (long r = 0; r < rows; ++r) {
-      long row = part.row + r, now = token + r, was = r < before ? order.token(step - 1) + r : -1, at = order.d * s.B + row;
-      long to = slot + r;
+      long row = part.row + r, now = token + r, at = order.d * s.B + row, to = slot + r;
       if (part.member == 0) b.token_of[to] = now;
       auto place = [&](long n) { return (n * s.directions + order.d) * s.P; };
       if (d_output) d_output.add(place(now), s.P, first_wide, end_wide, b.d_h, row);
-      zone_h.backward(now, first_wide, end_wide, b.d_h, d_h_new, s.is_projected ? to : row, row);
+      if (s.is_projected)
+        zone_h.backward(now, first_wide, end_wide, b.d_h, b.d_h_projected, to, row);
+      else if (zone_h.is_active)
+        zone_h.backward(now, first, end, b.d_h, b.d_h_new, row, row);
+      if (s.traits.has_c && zone_c.is_active) zone_c.backward(now, first, end, b.d_c, b.d_c_new, row, row);
       if (is_reset(step, r))
         clear_row(b.h_old, first_wide, end_wide, to);
-      else if (was < 0)
+      else if (r < before)
+        output.read(place(order.token(step - 1) + r), s.P, first_wide, end_wide, b.h_old, to);
+      else
         h_0.read(at * s.P, s.P, first_wide, end_wide, b.h_old, to);
-      else
-        output.read(place(was), s.P, first_wide, end_wide, b.h_old, to);
-      if (!s.traits.has_c) continue;
-      zone_c.backward(now, first, end, b.d_c, b.d_c_new, row, row);
-      if (is_reset(step, r))
-        clear_row(b.c_old, first, end, row);
-      else if (was < 0)
-        c_0.read(at * s.H, s.H, first, end, b.c_old, row);
-      else
-        carried(was, row);
     }
   }
 
-  // The state c that step `token` left.
-  void carried(long token, long row) {
-    if (b.saved.carried.data) return copy_row(b.saved.carried, token, b.c_old, row, first, end);
-    copy_row(b.saved.c, token, b.c_old, row, first, end);
-    if (call.cell_norm != FESTINA_CARRIED) return;
+  // The c that a step began with: what the step before it saved, or else put together row by row.
+  Blocked<T> c_before(long step) {
+    long rows = order.rows(step), before = order.rows(step - 1), token = before > 0 ? order.token(step - 1) : 0;
+    const Blocked<T>& kept = b.saved.carried.data ? b.saved.carried : b.saved.c;
+    bool is_normed = !b.saved.carried.data && call.cell_norm == FESTINA_CARRIED, is_there = before >= rows && !is_normed;
+    for (long r = 0; r < rows && is_there; ++r) is_there = !is_reset(step, r);
+    if (is_there) return from_row(kept, token);
+    Tensor<T> c_0(call.c_0, call.type);
+    for (long r = 0; r < rows; ++r) {
+      long row = part.row + r;
+      if (is_reset(step, r))
+        clear_row(b.c_old, first, end, row);
+      else if (r >= before)
+        c_0.read((order.d * s.B + row) * s.H, s.H, first, end, b.c_old, row);
+      else if (is_normed)
+        normalise(token + r, row);
+      else
+        copy_row(kept, token + r, b.c_old, row, first, end);
+    }
+    return from_row(b.c_old, part.row);
+  }
+
+  // The state c that step `token` left, where the norm's result is carried on.
+  void normalise(long token, long row) {
     T mean = *saved_sum(s, b.saved, sums_before_c(s), token), scale = *saved_sum(s, b.saved, sums_before_c(s) + 1, token);
     for (long n = first; n < end; ++n)
       for (int l = 0; l < chunk<T>; l += lanes<T>) {
         const T* vectors = b.vectors.vectors + n * vectors_a_unit * chunk<T> + l;
-        T* c = b.c_old.at(n, row) + l;
-        store(c, (load(c) - mean) * scale * load(vectors + gain_c * chunk<T>) + load(vectors + shift_c * chunk<T>));
+        Vec<T> c = (load(b.saved.c.at(n, token) + l) - mean) * scale;
+        store(b.c_old.at(n, row) + l, c * load(vectors + gain_c * chunk<T>) + load(vectors + shift_c * chunk<T>));
       }
   }
 
@@ -201,9 +235,11 @@ template <class T> struct Backward {
       p.scale[side] = my.scale[side];
     }
     p.vectors = b.vectors.vectors, p.d_vectors = d_vectors, p.mean_c = my.mean_c, p.scale_c = my.scale_c;
-    p.h_old = from_row(b.h_old, slot), p.c_old = from_row(b.c_old, part.row), p.c_raw = from_row(b.saved.c, token);
-    p.d_h_new = from_row(b.d_h_new, part.row), p.d_h = from_row(b.d_h, part.row);
-    p.d_c_new = from_row(b.d_c_new, part.row), p.d_c = from_row(b.d_c, part.row);
+    p.h_old = from_row(b.h_old, slot), p.c_raw = from_row(b.saved.c, token);
+    if (s.traits.has_c) p.c_old = c_before(step);
+    p.is_h_kept = zone_h.is_active, p.is_c_kept = zone_c.is_active;
+    p.d_h = from_row(b.d_h, part.row), p.d_h_new = p.is_h_kept || s.is_projected ? from_row(b.d_h_new, part.row) : p.d_h;
+    p.d_c = from_row(b.d_c, part.row), p.d_c_new = p.is_c_kept ? from_row(b.d_c_new, part.row) : p.d_c;
     p.d_seen = from_row(b.d_seen, part.row);
     p.mean_d_seen = my.mean_d_seen, p.mean_d_seen_hat = my.mean_d_seen_hat;
     p.sums = my.sums.own, p.sum_rows = my.sums.rows;
@@ -222,18 +258,48 @@ template <class T> struct Backward {
       kernels.update_backward(p);
     }
     finish_norms(p);
-    part.wait();
-    if (!s.traits.is_diagonal) {
-      Blocked<T> from = p.d_v[s.traits.sides - 1];
-      long depth = s.columns() * chunk<T>;
-      multiply<T>({from.data, my.chunk_at, from.step()}, rows, {b.recurrent + first_wide * depth * chunk<T>, depth * chunk<T>},
-                  end_wide - first_wide, depth, {p.d_h.at(first_wide, 0), my.chunk_at, p.d_h.step()}, true);
-    }
+    if (s.traits.is_diagonal)
+      part.wait();
+    else
+      multiply_back(p, next_step(step - 1, rows));
     for (long r = 0; r < rows; ++r) {
       if (!is_reset(step, r)) continue;
       clear_row(b.d_h, first_wide, end_wide, part.row + r);
       if (s.traits.has_c) clear_row(b.d_c, first, end, part.row + r);
     }
+  }
+
+  // d_h from the gradients of products. A thread begins with those of its own units, while others finish theirs.
+  void multiply_back(const Step<T>& p, Ahead<T> ahead) const {
+    Blocked<T> from = p.d_v[s.traits.sides - 1];
+    long gates = s.traits.gates, depth = s.columns() * chunk<T>;
+    bool is_begun = p.is_h_kept || !s.traits.has_c;
+    auto sum_over = [&](long column, long stop) {
+      if (column == stop) return;
+      multiply<T>({from.at(column, 0), my.chunk_at, from.step()}, p.rows,
+                  {b.recurrent + (first_wide * depth + column * chunk<T>) * chunk<T>, depth * chunk<T>}, end_wide - first_wide,
+                  (stop - column) * chunk<T>, {p.d_h.at(first_wide, 0), my.chunk_at, p.d_h.step()}, is_begun, {},
+                  [&] { ahead(); });
+      is_begun = true;
+    };
+    sum_over(first * gates, end * gates);
+    part.wait();
+    sum_over(0, first * gates);
+    sum_over(end * gates, s.columns());
+  }
+
+  // What the kernels will read first of the step that comes next, fetched a few lines at a time beside the product that
+  // is made now: as much as half of L2 holds.
+  Ahead<T> next_step(long step, long rows) const {
+    constexpr long most = 4096;
+    Ahead<T> ahead{};
+    ahead.rows = order.rows(step);
+    if (rows == 0 || ahead.rows == 0) return ahead;
+    long token = order.token(step), gates = s.traits.gates, columns = (end - first) * gates;
+    if (s.traits.has_c) ahead.add(from_row(b.saved.c, token), first, end - first);
+    for (int side = 0; side < s.traits.sides; ++side) ahead.add(from_row(b.saved.v[side], token), first * gates, columns);
+    ahead.share(min(most, ahead.lines()), Tiling<T>(rows).count(end_wide - first_wide, s.columns() * chunk<T>));
+    return ahead;
   }
 
   // The h before its projection, which was not kept.

@@ -42,6 +42,8 @@ void tile(Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, Square
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
     left[r] = a.data + a.row_at[r];
+#pragma GCC unroll 4
+    for (int i = 0; i < chunks; ++i) __builtin_prefetch(c.data + c.row_at[r] + i * c.step, 1);  // the sum takes its time
 #pragma GCC unroll 16
     for (int n = 0; n < wide; ++n) sums[r][n] = broadcast(T(0));
   }
@@ -105,13 +107,26 @@ INLINE void tile_rows(long count, long chunks, Left<T> a, Panels<T> b, long dept
   tile_of<T, rows, stride>(chunks, a, b, depth, c, is_added, squares);
 }
 
+// Rows are cut evenly into tiles: 8 rows are 4 + 4, as 6 + 2 would leave the second tile waiting.
+template <class T> struct Tiling {
+  long down, wide;
+  INLINE explicit Tiling(long rows) : down(ceil_div(rows, TILE_ROWS)), wide(chunks_for<T>(ceil_div(rows, down))) {}
+  INLINE long count(long chunks, long depth) const { return down * ceil_div(chunks, wide) * ceil_div(depth, depth_block); }
+};
+
+struct Nothing {
+  INLINE void operator()() const {}
+};
+
 // c = or += a b for `rows` rows and `chunks` chunks of columns. Where there are `squares`, those of the result are
-// added to them. Rows are cut evenly: 8 rows are 4 + 4, as 6 + 2 would leave the second tile waiting.
-template <class T, int stride = 1>
-void multiply(Left<T> a, long rows, Panels<T> b, long chunks, long depth, Target<T> c, bool is_added, Squares<T> squares = {}) {
+// added to them. `beside` is called once a tile: a place for memory that is needed later to be fetched.
+template <class T, int stride = 1, class Beside = Nothing>
+void multiply(Left<T> a, long rows, Panels<T> b, long chunks, long depth, Target<T> c, bool is_added, Squares<T> squares = {},
+              Beside beside = {}) {
   if (rows == 0) return;
   constexpr long left_bytes = 192 << 10;  // what of the left operand is gone through for every panel: it stays in L2
-  long tiles = ceil_div(rows, TILE_ROWS), tallest = ceil_div(rows, tiles), wide = chunks_for<T>(tallest);
+  Tiling<T> tiling(rows);
+  long tiles = tiling.down, wide = tiling.wide;
   long reach = max(1, left_bytes / (rows * (long)sizeof(T) * depth_block)) * depth_block;
   for (long far = 0; far == 0 || far < depth; far += reach)
     for (long n = 0; n < chunks; n += wide)
@@ -124,6 +139,7 @@ void multiply(Left<T> a, long rows, Panels<T> b, long chunks, long depth, Target
           Target<T> to{c.data + n * c.step, c.row_at + row, c.step};
           tile_rows<T, stride>(next - row, min(wide, chunks - n), left, right, min(depth_block, depth - k), to,
                                is_added || k > 0, {is_last ? squares.data : nullptr, squares.step, squares.period, n, row});
+          beside();
           row = next;
         }
       }

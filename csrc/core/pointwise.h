@@ -16,8 +16,10 @@ template <class T> struct Step {
   T* sums;  // [sum, sum_rows, lanes]: what is summed over the units of a row
   long sum_rows;
 
-  // Backward: d_h comes in as the gradient of the new h and leaves as that of the old one, d_c likewise.
+  // Backward: gradients of the new h and c, and of the old ones, which may lie in the same place: a chunk is read before
+  // it is written. Where Zoneout kept a share of the old state, its gradient is there already and is added to.
   Blocked<T> d_v[2], d_h_new, d_h, d_c_new, d_c, d_seen;
+  bool is_h_kept, is_c_kept;
   T* d_vectors;
   const T *mean_d_seen, *mean_d_seen_hat;  // [rows]: what the norm of c takes from its gradient
 
@@ -134,6 +136,8 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
     });
   }
 
+  static INLINE void put(bool is_added, T* to, V x) { store(to, is_added ? load(to) + x : x); }
+
   // From the gradients of pre-activations to those of gain, shift and normalised product; the norm itself follows once
   // its row sums are known.
   template <int from, int to> static INLINE void spread(const Place& at, const V* d_a) {
@@ -175,7 +179,7 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
         V c_old = load(at.in(at.c_old)), d_c;
         Cell::emit_backward(a, load(at.in(at.c_raw)), d_h, d_a, d_inner);
         Cell::update_backward(a, c_old, load(at.in(at.d_c_new)) + d_inner, d_a, d_c);
-        add_to(at.in(at.d_c), d_c);
+        put(s.is_c_kept, at.in(at.d_c), d_c);
       } else {
         V h_old = load(at.in(at.h_old));
         Cell::emit_backward(a, h_old, d_h, d_a, d_inner);
@@ -183,7 +187,7 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
           d_inner += d_a[0] * load(at.vector(diagonal));
           add_to(at.d_vector(diagonal), d_a[0] * h_old);
         }
-        add_to(at.in(at.d_h), d_inner);
+        put(s.is_h_kept, at.in(at.d_h), d_inner);
       }
       spread<has_norm_c ? split : 0, gates>(at, d_a);
     });
@@ -198,7 +202,7 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
         V d_raw = (load(at.in(at.d_seen)) - s.mean_d_seen[at.row] - hat * s.mean_d_seen_hat[at.row]) * s.scale_c[at.row];
         if (cell_norm == FESTINA_READOUT) d_raw += load(at.in(at.d_c_new));
         Cell::update_backward(a, load(at.in(at.c_old)), d_raw, d_a, d_c);
-        add_to(at.in(at.d_c), d_c);
+        put(s.is_c_kept, at.in(at.d_c), d_c);
         spread<0, split>(at, d_a);
       });
     }
