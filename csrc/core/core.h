@@ -122,17 +122,18 @@ template <class T> struct Core {
   }
 
   void pack_backward(long worker, long workers) const {
-    long depth = s.columns() * chunk<T>;
     for (long d = 0; d < s.directions; ++d) {
       const BackwardBuffers<T>& b = backward[d];
       Packed<T> vectors = b.vectors;
       if (d % workers == worker) pack_vectors(s, call, call.parameters[d], vectors);
-      for (long n = worker; !s.traits.is_diagonal && n < s.width; n += workers)
-        pack_straight(s, weight(d, FESTINA_WEIGHT_HH), n, b.recurrent + n * depth * chunk<T>);
-      for (long n = worker; call.d_input && n < s.inputs; n += workers)
-        pack_straight(s, weight(d, FESTINA_WEIGHT_IH), n, b.input + n * depth * chunk<T>);
-      for (long n = worker; s.is_projected && n < s.units; n += workers)
-        pack_straight(s, weight(d, FESTINA_WEIGHT_HR), n, b.projection + n * s.width * chunk<T> * chunk<T>);
+      auto pack = [&](int which, long rows, T* panels) {
+        Weight<T> w = weight(d, which);
+        for (long n = worker; n < w.gates * rows; n += workers)
+          pack_straight(s, w, n % w.gates, n / w.gates, w.gates * rows * chunk<T>, panels);
+      };
+      if (!s.traits.is_diagonal) pack(FESTINA_WEIGHT_HH, s.units, b.recurrent);
+      if (call.d_input) pack(FESTINA_WEIGHT_IH, s.units, b.input);
+      if (s.is_projected) pack(FESTINA_WEIGHT_HR, s.width, b.projection);
     }
   }
 

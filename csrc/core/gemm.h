@@ -127,11 +127,24 @@ void multiply(Left<T> a, long rows, Panels<T> b, long chunks, long depth, Target
   constexpr long left_bytes = 192 << 10;  // what of the left operand is gone through for every panel: it stays in L2
   Tiling<T> tiling(rows);
   long tiles = tiling.down, wide = tiling.wide;
+  // The panels of chunk n from k on, fetched into L2 by shares, one beside each tile that those before them are multiplied
+  // by. It pays where the panels come from beyond L2 and tiles are many; else the processor's own prefetching does better.
+  constexpr long least_tiles = 6, least_bytes = 28 << 20;
+  bool is_fetched = tiles >= least_tiles && tiles * chunks * depth * chunk<T> * (long)sizeof(T) >= least_bytes;
+  auto fetch = [&](long n, long k, long i) __attribute__((always_inline)) {  // GCC drops calls that do nothing but prefetch
+    long lines = min(depth_block, depth - k);
+    for (long chunk_end = min(n + wide, chunks); n < chunk_end; ++n) {
+      const T *panel = b.data + n * b.step + k * chunk<T>, *end = panel + lines * (i + 1) / tiles * chunk<T>;
+#pragma GCC unroll 4
+      for (const T* line = panel + lines * i / tiles * chunk<T>; line < end; line += chunk<T>) __builtin_prefetch(line, 0, 2);
+    }
+  };
   long reach = max(1, left_bytes / (rows * (long)sizeof(T) * depth_block)) * depth_block;
   for (long far = 0; far == 0 || far < depth; far += reach)
     for (long n = 0; n < chunks; n += wide)
       for (long k = far, end = min(depth, far + reach); k == far || k < end; k += depth_block) {
         bool is_last = k + depth_block >= depth;
+        bool is_deeper = k + depth_block < end;
         Panels<T> right{b.data + n * b.step + k * chunk<T>, b.step};
         for (long i = 0, row = 0; i < tiles; ++i) {
           long next = rows * (i + 1) / tiles;
@@ -139,6 +152,7 @@ void multiply(Left<T> a, long rows, Panels<T> b, long chunks, long depth, Target
           Target<T> to{c.data + n * c.step, c.row_at + row, c.step};
           tile_rows<T, stride>(next - row, min(wide, chunks - n), left, right, min(depth_block, depth - k), to,
                                is_added || k > 0, {is_last ? squares.data : nullptr, squares.step, squares.period, n, row});
+          if (is_fetched) is_deeper ? fetch(n, k + depth_block, i) : fetch(n + wide, far, i);
           beside();
           row = next;
         }

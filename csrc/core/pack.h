@@ -63,15 +63,16 @@ template <class T> void pack_transposed(const Shape& s, const Weight<T>& w, long
   }
 }
 
-// A chunk of the columns of a weight, as columns of a panel: [row][column within the chunk]. Rows are ordered as the
-// columns of products are: unit after unit, in each the gates.
-template <class T> void pack_straight(const Shape& s, const Weight<T>& w, long n, T* to) {
+// A chunk of the rows of a weight, as rows of all panels: [chunk of columns][row][column within the chunk]. Rows are ordered
+// as the columns of products are, unit after unit, in each the gates. A few rows at a time: each is read from end to end.
+template <class T> void pack_straight(const Shape& s, const Weight<T>& w, long gate, long unit, long depth, T* panels) {
   constexpr int C = chunk<T>;
-  long first = n * C, count = min(C, w.columns - first);
-  for (long j = 0; j < w.H; j += C)
-    for (long g = 0; g < w.gates; ++g)
-      for (long l = j; l < j + C; ++l, to += C)
-        centred_row(w, l < w.H ? g * w.H + l : -1, means_of(s, w, g), first, count, to);
+  for (long first = 0; first < w.columns; first += C)
+    for (int l = 0; l < C; ++l) {
+      long j = unit * C + l;
+      centred_row(w, j < w.H ? gate * w.H + j : -1, means_of(s, w, gate), first, min(C, w.columns - first),
+                  panels + (first * depth + ((unit * w.gates + gate) * C + l) * C));
+    }
 }
 
 template <class T> void pack_vectors(const Shape& s, const FestinaCall& call, const void* const* parameters, Packed<T>& p) {
