@@ -79,9 +79,9 @@ struct Tanh {
 };
 
 struct Relu {
-  template <class T> static INLINE Vec<T> value(Vec<T> x) { return where_less(x, T(0), broadcast(T(0)), x); }
-  template <class T> static INLINE Vec<T> backward(Vec<T> x, Vec<T> d) {
-    return {x.v <= broadcast(T(0)).v ? broadcast(T(0)).v : d.v};
+  template <class V> static INLINE V value(V x) { return backward(x, x); }
+  template <class V> static INLINE V backward(V x, V d) {
+    return where_at_most(x, typename V::Element(0), broadcast_as<V>(0), d);
   }
 };
 

@@ -24,32 +24,41 @@ template <> struct Exp<double> {
                                       1. / 40320,  1. / 362880,  1. / 3628800,  1. / 39916800,  1. / 479001600, 1. / 6227020800};
 };
 
+// 2^n, for n = rounded - Exp::round.
+template <class T> INLINE Vec<T> power_of_two(Vec<T> rounded) {
+  using Bits = typename Raw<T>::bits;
+  return {(typename Raw<T>::type)(((Bits)rounded.v << Exp<T>::mantissa) + Exp<T>::one)};
+}
+template <class T> INLINE Pair<T> power_of_two(Pair<T> rounded) { return {power_of_two(rounded.low), power_of_two(rounded.high)}; }
+
 // e^x = scale + scale * rest, with rest = e^r - 1 for the part r of x that is within ln 2 / 2 of zero.
-template <class T> INLINE void exp_parts(Vec<T> x, Vec<T>& scale, Vec<T>& rest) {
+template <class V> INLINE void exp_parts(V x, V& scale, V& rest) {
+  using T = typename V::Element;
   using E = Exp<T>;
-  Vec<T> rounded = x * E::log2e + E::round;
-  Vec<T> n = rounded - E::round;
-  Vec<T> r = (x - n * E::ln2_high) - n * E::ln2_low;
+  V rounded = x * E::log2e + E::round;
+  V n = rounded - E::round;
+  V r = (x - n * E::ln2_high) - n * E::ln2_low;
   constexpr int terms = sizeof(E::series) / sizeof(T);
-  Vec<T> q = broadcast(E::series[terms - 1]);
+  V q = broadcast_as<V>(E::series[terms - 1]);
 #pragma GCC unroll 16
   for (int k = terms - 2; k >= 0; --k) q = q * r + E::series[k];
-  using Bits = typename Raw<T>::bits;
-  scale = {(typename Raw<T>::type)(((Bits)rounded.v << E::mantissa) + E::one)};
+  scale = power_of_two(rounded);
   rest = r * r * q + r;
 }
 
-template <class T> INLINE Vec<T> sigmoid(Vec<T> x) {
-  Vec<T> scale, rest;
+template <class V> INLINE V sigmoid(V x) {
+  using T = typename V::Element;
+  V scale, rest;
   exp_parts(clamp(-x, -Exp<T>::limit, Exp<T>::limit), scale, rest);
-  return broadcast(T(1)) / (scale * rest + scale + T(1));
+  return broadcast_as<V>(T(1)) / (scale * rest + scale + T(1));
 }
 
 // (e^2x - 1) / (e^2x + 1), with e^2x - 1 made without cancellation near zero.
-template <class T> INLINE Vec<T> tanh(Vec<T> x) {
-  Vec<T> scale, rest;
+template <class V> INLINE V tanh(V x) {
+  using T = typename V::Element;
+  V scale, rest;
   exp_parts(clamp(x + x, T(-40), T(40)), scale, rest);
-  Vec<T> e = scale * rest + (scale - T(1));
+  V e = scale * rest + (scale - T(1));
   return e / (e + T(2));
 }
 

@@ -33,7 +33,7 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
   static constexpr bool has_norm_c = cell_norm != FESTINA_NO_CELL_NORM;
   static constexpr Traits traits{gates, sides, Cell::has_c, Cell::is_parted, Cell::is_diagonal,
                                  {is_normed[0], is_normed[1]}, has_norm_c};
-  using V = Vec<T>;
+  using V = Span<T>;
 
   // Where one chunk of units begins in everything that a step touches. Taken once for all rows: a kernel has so many
   // matrices that addresses made anew at each access were half of its instructions.
@@ -55,7 +55,7 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
     }
   };
 
-  // The place of one vector: a chunk of units, a row, and where in the chunk.
+  // The place of one span: a chunk of units, a row, and where in the chunk.
   struct Place : Unit {
     long row;
     int lane;
@@ -71,25 +71,25 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
       Unit unit(s, n);
       for (long row = 0; row < s.rows; ++row)
 #pragma GCC unroll 2
-        for (int lane = 0; lane < chunk<T>; lane += lanes<T>) body(Place(unit, row, lane));
+        for (int lane = 0; lane < chunk<T>; lane += V::span) body(Place(unit, row, lane));
     }
   }
 
   static INLINE V normalised(const Place& at, int side, int gate) {
-    return load(at.in(at.v[side][gate])) * at.s.scale[side][at.row * max_gates + gate];
+    return load_as<V>(at.in(at.v[side][gate])) * at.s.scale[side][at.row * max_gates + gate];
   }
 
   static INLINE V side_of(const Place& at, int side, int gate) {
-    V shift = load(at.vector(shift_of(side, gate)));
-    if (!is_normed[side]) return load(at.in(at.v[side][gate])) + shift;
-    return normalised(at, side, gate) * load(at.vector(gain_of(side, gate))) + shift;
+    V shift = load_as<V>(at.vector(shift_of(side, gate)));
+    if (!is_normed[side]) return load_as<V>(at.in(at.v[side][gate])) + shift;
+    return normalised(at, side, gate) * load_as<V>(at.vector(gain_of(side, gate))) + shift;
   }
 
   template <int from, int to> static INLINE void pre_activations(const Place& at, V* a) {
 #pragma GCC unroll 4
     for (int g = from; g < to; ++g) {
       a[g] = side_of(at, 0, g);
-      if constexpr (Cell::is_diagonal) a[g] += load(at.vector(diagonal)) * load(at.in(at.h_old));
+      if constexpr (Cell::is_diagonal) a[g] += load_as<V>(at.vector(diagonal)) * load_as<V>(at.in(at.h_old));
       if constexpr (sides == 2) {
         if (Cell::is_parted && g == gates - 1)
           a[gates] = side_of(at, 1, g);
@@ -105,17 +105,17 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
       each(s, [&](const Place& at) __attribute__((always_inline)) {
         V a[gates + 1];
         pre_activations<0, split>(at, a);
-        V c = Cell::update(a, load(at.in(at.c_old)));
+        V c = Cell::update(a, load_as<V>(at.in(at.c_old)));
         store(at.in(at.c), c);
         if (s.c_raw.data) store(at.in(at.c_raw), c);
-        add_to(at.sum(sum_of_c), c);
+        add_to(at.sum(sum_of_c), fold(c));
       });
     }
   }
 
   static INLINE V seen(const Place& at, V c) {
     if (!has_norm_c) return c;
-    return (c - at.s.mean_c[at.row]) * at.s.scale_c[at.row] * load(at.vector(gain_c)) + load(at.vector(shift_c));
+    return (c - at.s.mean_c[at.row]) * at.s.scale_c[at.row] * load_as<V>(at.vector(gain_c)) + load_as<V>(at.vector(shift_c));
   }
 
   static void emit(const Step<T>& s) {
@@ -123,20 +123,20 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
       V a[gates + 1], inner;
       pre_activations<has_norm_c ? split : 0, gates>(at, a);
       if constexpr (has_norm_c) {
-        inner = seen(at, load(at.in(at.c)));
+        inner = seen(at, load_as<V>(at.in(at.c)));
         if (cell_norm == FESTINA_CARRIED) store(at.in(at.c), inner);
       } else if constexpr (Cell::has_c) {
-        inner = Cell::update(a, load(at.in(at.c_old)));
+        inner = Cell::update(a, load_as<V>(at.in(at.c_old)));
         store(at.in(at.c), inner);
         if (s.c_raw.data) store(at.in(at.c_raw), inner);
       } else {
-        inner = load(at.in(at.h_old));
+        inner = load_as<V>(at.in(at.h_old));
       }
       store(at.in(at.h), Cell::emit(a, inner));
     });
   }
 
-  static INLINE void put(bool is_added, T* to, V x) { store(to, is_added ? load(to) + x : x); }
+  static INLINE void put(bool is_added, T* to, V x) { store(to, is_added ? load_as<V>(to) + x : x); }
 
   // From the gradients of pre-activations to those of gain, shift and normalised product; the norm itself follows once
   // its row sums are known.
@@ -152,8 +152,8 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
         if (is_normed[side]) {
           V hat = normalised(at, side, g);
           add_to(at.d_vector(gain_of(side, g)), d * hat);
-          d = d * load(at.vector(gain_of(side, g)));
-          add_to(at.sum(side * max_gates + g), d * hat);
+          d = d * load_as<V>(at.vector(gain_of(side, g)));
+          add_to(at.sum(side * max_gates + g), fold(d * hat));
         }
         store(at.in(at.d_v[side][g]), d);
       }
@@ -162,29 +162,29 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
 
   static void emit_backward(const Step<T>& s) {
     each(s, [&](const Place& at) __attribute__((always_inline)) {
-      V a[gates + 1], d_a[gates + 1], d_inner, d_h = load(at.in(at.d_h_new));
+      V a[gates + 1], d_a[gates + 1], d_inner, d_h = load_as<V>(at.in(at.d_h_new));
       pre_activations<has_norm_c ? split : 0, gates>(at, a);
       if constexpr (has_norm_c) {
-        V hat = (load(at.in(at.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
-        V gain = load(at.vector(gain_c));
-        Cell::emit_backward(a, hat * gain + load(at.vector(shift_c)), d_h, d_a, d_inner);
-        if (cell_norm == FESTINA_CARRIED) d_inner += load(at.in(at.d_c_new));
+        V hat = (load_as<V>(at.in(at.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
+        V gain = load_as<V>(at.vector(gain_c));
+        Cell::emit_backward(a, hat * gain + load_as<V>(at.vector(shift_c)), d_h, d_a, d_inner);
+        if (cell_norm == FESTINA_CARRIED) d_inner += load_as<V>(at.in(at.d_c_new));
         add_to(at.d_vector(gain_c), d_inner * hat);
         add_to(at.d_vector(shift_c), d_inner);
         V d_hat = d_inner * gain;
         store(at.in(at.d_seen), d_hat);
-        add_to(at.sum(sum_of_c), d_hat);
-        add_to(at.sum(sum_of_c + 1), d_hat * hat);
+        add_to(at.sum(sum_of_c), fold(d_hat));
+        add_to(at.sum(sum_of_c + 1), fold(d_hat * hat));
       } else if constexpr (Cell::has_c) {
-        V c_old = load(at.in(at.c_old)), d_c;
-        Cell::emit_backward(a, load(at.in(at.c_raw)), d_h, d_a, d_inner);
-        Cell::update_backward(a, c_old, load(at.in(at.d_c_new)) + d_inner, d_a, d_c);
+        V c_old = load_as<V>(at.in(at.c_old)), d_c;
+        Cell::emit_backward(a, load_as<V>(at.in(at.c_raw)), d_h, d_a, d_inner);
+        Cell::update_backward(a, c_old, load_as<V>(at.in(at.d_c_new)) + d_inner, d_a, d_c);
         put(s.is_c_kept, at.in(at.d_c), d_c);
       } else {
-        V h_old = load(at.in(at.h_old));
+        V h_old = load_as<V>(at.in(at.h_old));
         Cell::emit_backward(a, h_old, d_h, d_a, d_inner);
         if constexpr (Cell::is_diagonal) {
-          d_inner += d_a[0] * load(at.vector(diagonal));
+          d_inner += d_a[0] * load_as<V>(at.vector(diagonal));
           add_to(at.d_vector(diagonal), d_a[0] * h_old);
         }
         put(s.is_h_kept, at.in(at.d_h), d_inner);
@@ -198,10 +198,10 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
       each(s, [&](const Place& at) __attribute__((always_inline)) {
         V a[gates + 1], d_a[gates + 1], d_c;
         pre_activations<0, split>(at, a);
-        V hat = (load(at.in(at.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
-        V d_raw = (load(at.in(at.d_seen)) - s.mean_d_seen[at.row] - hat * s.mean_d_seen_hat[at.row]) * s.scale_c[at.row];
-        if (cell_norm == FESTINA_READOUT) d_raw += load(at.in(at.d_c_new));
-        Cell::update_backward(a, load(at.in(at.c_old)), d_raw, d_a, d_c);
+        V hat = (load_as<V>(at.in(at.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
+        V d_raw = (load_as<V>(at.in(at.d_seen)) - s.mean_d_seen[at.row] - hat * s.mean_d_seen_hat[at.row]) * s.scale_c[at.row];
+        if (cell_norm == FESTINA_READOUT) d_raw += load_as<V>(at.in(at.d_c_new));
+        Cell::update_backward(a, load_as<V>(at.in(at.c_old)), d_raw, d_a, d_c);
         put(s.is_c_kept, at.in(at.d_c), d_c);
         spread<0, split>(at, d_a);
       });

@@ -24,6 +24,8 @@ template <class T> constexpr int lanes = VECTOR_BYTES / sizeof(T);
 template <class T> constexpr int chunk = 64 / sizeof(T);
 
 template <class T> struct Vec {
+  using Element = T;
+  static constexpr int span = lanes<T>;
   typename Raw<T>::type v;
 };
 
@@ -40,18 +42,66 @@ template <class T> INLINE Vec<T> operator-(Vec<T> a) { return {-a.v}; }
 template <class T> INLINE Vec<T> operator+(Vec<T> a, T b) { return a + broadcast(b); }
 template <class T> INLINE Vec<T> operator-(Vec<T> a, T b) { return a - broadcast(b); }
 template <class T> INLINE Vec<T> operator-(Vec<T> a, int b) { return a - T(b); }
-template <class T> INLINE Vec<T> operator-(T a, Vec<T> b) { return broadcast(a) - b; }
 template <class T> INLINE Vec<T> operator*(Vec<T> a, T b) { return a * broadcast(b); }
+template <class T> INLINE Vec<T> operator/(Vec<T> a, T b) { return a / broadcast(b); }
 template <class T> INLINE Vec<T>& operator+=(Vec<T>& a, Vec<T> b) { return a = a + b; }
 
 // A NaN compares false: it takes the second value.
-template <class T> INLINE Vec<T> where_less(Vec<T> a, T bound, Vec<T> yes, Vec<T> no) {
-  return {a.v < broadcast(bound).v ? yes.v : no.v};
+template <class T> INLINE Vec<T> where_at_most(Vec<T> a, T bound, Vec<T> yes, Vec<T> no) {
+  return {a.v <= broadcast(bound).v ? yes.v : no.v};
 }
 template <class T> INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
-  x = where_less(x, low, broadcast(low), x);
+  x = where_at_most(x, low, broadcast(low), x);
   return {x.v > broadcast(high).v ? broadcast(high).v : x.v};
 }
+
+// Two vectors side by side, whose operations take turns. A cell is a long chain of operations, each of which needs the
+// one before: half of it is as much as a processor looks ahead, so that the second vector must not come after the first.
+template <class T> struct Pair {
+  using Element = T;
+  static constexpr int span = 2 * lanes<T>;
+  Vec<T> low, high;
+};
+
+// How a chunk is gone through: in one vector, or in pairs of them.
+template <bool is_one, class T> struct SpanOf { using type = Pair<T>; };
+template <class T> struct SpanOf<true, T> { using type = Vec<T>; };
+template <class T> using Span = typename SpanOf<chunk<T> == lanes<T>, T>::type;
+
+template <class V> INLINE V load_as(const typename V::Element* p) {
+  if constexpr (V::span == lanes<typename V::Element>)
+    return load(p);
+  else
+    return {load(p), load(p + V::span / 2)};
+}
+template <class V> INLINE V broadcast_as(typename V::Element x) {
+  if constexpr (V::span == lanes<typename V::Element>)
+    return broadcast(x);
+  else
+    return {broadcast(x), broadcast(x)};
+}
+
+template <class T> INLINE void store(T* p, Pair<T> x) { store(p, x.low), store(p + lanes<T>, x.high); }
+template <class T> INLINE void add_to(T* p, Pair<T> x) { add_to(p, x.low), add_to(p + lanes<T>, x.high); }
+
+template <class T> INLINE Vec<T> fold(Vec<T> x) { return x; }
+template <class T> INLINE Vec<T> fold(Pair<T> x) { return x.low + x.high; }
+
+#define PAIRED(op)                                                                                              \
+  template <class T> INLINE Pair<T> operator op(Pair<T> a, Pair<T> b) { return {a.low op b.low, a.high op b.high}; } \
+  template <class T> INLINE Pair<T> operator op(Pair<T> a, T b) { return {a.low op b, a.high op b}; }
+PAIRED(+)
+PAIRED(-)
+PAIRED(*)
+PAIRED(/)
+#undef PAIRED
+template <class T> INLINE Pair<T> operator-(Pair<T> a) { return {-a.low, -a.high}; }
+template <class T> INLINE Pair<T> operator-(Pair<T> a, int b) { return a - T(b); }
+template <class T> INLINE Pair<T>& operator+=(Pair<T>& a, Pair<T> b) { return a = a + b; }
+template <class T> INLINE Pair<T> where_at_most(Pair<T> a, T bound, Pair<T> yes, Pair<T> no) {
+  return {where_at_most(a.low, bound, yes.low, no.low), where_at_most(a.high, bound, yes.high, no.high)};
+}
+template <class T> INLINE Pair<T> clamp(Pair<T> x, T low, T high) { return {clamp(x.low, low, high), clamp(x.high, low, high)}; }
 
 template <class T> INLINE T sum(Vec<T> x) {
   T total = x.v[0];

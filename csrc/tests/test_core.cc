@@ -25,7 +25,8 @@ template <class T, class Function, class Truth>
 void check(const char* name, Function function, Truth truth, double limit, double allowed) {
   double worst = 0, worst_at = 0;
   auto at = [&](T x) {
-    double error = ulps(function(broadcast(x)).v[0], truth((long double)x));
+    Pair<T> both = function(Pair<T>{broadcast(x), broadcast(-x)});
+    double error = fmax(ulps(both.low.v[0], truth((long double)x)), ulps(both.high.v[0], truth(-(long double)x)));
     if (!(error <= worst)) worst = error, worst_at = (double)x;
   };
   for (int i = -200000; i <= 200000; ++i) at((T)(limit * i / 200000));
@@ -37,8 +38,8 @@ void check(const char* name, Function function, Truth truth, double limit, doubl
 
 template <class T> void check_functions() {
   double limit = sizeof(T) == 4 ? 86 : 700;
-  check<T>("sigmoid", [](Vec<T> x) { return sigmoid(x); }, [](long double x) { return 1 / (1 + expl(-x)); }, limit, 3.5);
-  check<T>("tanh", [](Vec<T> x) { return tanh(x); }, [](long double x) { return tanhl(x); }, limit, 3);
+  check<T>("sigmoid", [](auto x) { return sigmoid(x); }, [](long double x) { return 1 / (1 + expl(-x)); }, limit, 3.5);
+  check<T>("tanh", [](auto x) { return tanh(x); }, [](long double x) { return tanhl(x); }, limit, 3);
 }
 
 template <class T> T* numbers(long count) {
