@@ -49,14 +49,30 @@ void tile(Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, Square
   }
   const T* right = b.data;
   auto multiply = [&](int k) __attribute__((always_inline)) {
-    Vec<T> columns[wide];
-#pragma GCC unroll 16
-    for (int n = 0; n < wide; ++n) columns[n] = load(right + n / parts * b.step + n % parts * lanes<T> + k * block);
+    auto column = [&](int n) __attribute__((always_inline)) {
+      return load(right + n / parts * b.step + n % parts * lanes<T> + k * block);
+    };
+    // The factor with fewer vectors waits in registers: else those of a low, wide tile would not suffice.
+    if constexpr (rows < wide) {
+      Vec<T> x[rows];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      Vec<T> x = broadcast(left[r][k * stride]);
+      for (int r = 0; r < rows; ++r) x[r] = broadcast(left[r][k * stride]);
 #pragma GCC unroll 16
-      for (int n = 0; n < wide; ++n) sums[r][n] += x * columns[n];
+      for (int n = 0; n < wide; ++n) {
+        Vec<T> y = column(n);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) sums[r][n] += x[r] * y;
+      }
+    } else {
+      Vec<T> y[wide];
+#pragma GCC unroll 16
+      for (int n = 0; n < wide; ++n) y[n] = column(n);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        Vec<T> x = broadcast(left[r][k * stride]);
+#pragma GCC unroll 16
+        for (int n = 0; n < wide; ++n) sums[r][n] += x * y[n];
+      }
     }
   };
   for (; depth >= block; depth -= block) {
