@@ -44,6 +44,7 @@ template <class T> struct Forward {
   Order order;
   Zoneout<T> zone_h, zone_c;
   long first, end, first_wide, end_wide;  // this thread's chunks of H and of P
+  long projected = 0;                     // rows whose products with x still lack their norms
   bool is_training;
 
   Forward(const FestinaCall& call, const Shape& s, const Kernels<T>& kernels, const Part& part, const Scratch<T>& my,
@@ -99,7 +100,7 @@ template <class T> struct Forward {
     if (s.traits.has_c) c_n.write(at * s.H, s.H, first, end, b.c[step % 2], row);
   }
 
-  // The products with x of steps [step, stop), and their norms where they stand alone.
+  // The products with x of steps [step, stop).
   void project(long step, long stop) {
     bool is_normed = s.traits.is_normed[0] && call.placement == FESTINA_SEPARATE;
     Tensor<T> input(call.input, call.type);
@@ -118,23 +119,43 @@ template <class T> struct Forward {
     if (has_inner) fill(to, count, columns, b.packed.inner + column * chunk<T>);
     multiply<T>({input.is_bfloat16 ? my.rows : (const T*)call.input, my.left_at, chunk<T>}, count,
                 {b.packed.input + column * s.I * chunk<T>, s.I * chunk<T>}, columns, s.I, to, has_inner,
-                squares(is_normed, count));
-    if (!is_normed) return;
-    publish(count);
-    for (long i = 0; i < count; ++i) finish_norm(s, part, my.sums, call.eps, i, my.scale[0] + i * max_gates);
-    part.wait();  // the sums are about to be used again
+                squares(is_normed, 0, count));
+    if (is_normed) projected = count;
   }
 
-  // Cleared sums of squares, gate by gate, where a norm needs them.
-  Squares<T> squares(bool is_normed, long rows) const {
+  // The product with h of one step.
+  void multiply_h(long step, long index) {
+    if (s.traits.is_diagonal) return;
+    long rows = order.rows(step), at = slot(step, index);
+    Blocked<T> h_old = from_row(b.h[step % 2], part.row);
+    Blocked<T> to = s.traits.sides == 1 ? from_row(b.v[0], at) : from_row(b.v[1], is_training ? at : part.row);
+    long column = first * s.traits.gates, columns = (end - first) * s.traits.gates;
+    multiply<T>({h_old.data, my.chunk_at, h_old.step()}, rows,
+                {b.packed.recurrent + column * s.P * chunk<T>, s.P * chunk<T>}, columns, s.P,
+                {to.at(column, 0), my.chunk_at, to.step()}, s.traits.sides == 1, squares(is_normed_h(), 1, rows));
+  }
+
+  bool is_joint() const { return s.traits.sides == 1 && s.traits.is_normed[0] && !s.traits.is_diagonal; }
+  bool is_normed_h() const { return is_joint() || s.traits.is_normed[1]; }
+
+  // Cleared sums of squares of one side, gate by gate, where a norm needs them.
+  Squares<T> squares(bool is_normed, int side, long rows) const {
     if (!is_normed) return {};
-    for (int g = 0; g < s.traits.gates; ++g) my.sums.clear(g, rows);
-    return {my.sums.own, my.sums.at(1) - my.sums.own, s.traits.gates, 0, 0};
+    for (int g = 0; g < s.traits.gates; ++g) my.sums.clear(side * max_gates + g, rows);
+    return {my.sums.at(side * max_gates), my.sums.at(1) - my.sums.own, s.traits.gates, 0, 0};
   }
 
-  void publish(long rows) const {
-    for (int g = 0; g < s.traits.gates; ++g) my.sums.publish(g, rows);
+  // Norms of the products that were made since the last step: of x for several steps at once, of h for `rows`.
+  void normalise(long rows, T* scale_h) {
+    long count[2] = {projected, is_normed_h() ? rows : 0};
+    projected = 0;
+    if (!count[0] && !count[1]) return;
+    for (int side = 0; side < 2; ++side)
+      for (int g = 0; g < s.traits.gates; ++g) my.sums.publish(side * max_gates + g, count[side]);
     part.wait();
+    for (int side = 0; side < 2; ++side)
+      for (long r = 0; r < count[side]; ++r)
+        finish_norm(s, part, my.sums, side, call.eps, r, (side ? scale_h : my.scale[0]) + r * max_gates);
   }
 
   static void fill(Target<T> to, long rows, long chunks, const T* value) {
@@ -147,29 +168,16 @@ template <class T> struct Forward {
   void advance(long step, long index) {
     long rows = order.rows(step), at = slot(step, index), now = step % 2;
     Blocked<T> v_x = from_row(b.v[0], at), v_h = from_row(b.v[1], is_training ? at : part.row);
-    Blocked<T> h_old = from_row(b.h[now], part.row);
     T* scale_x = my.scale[0] + index * max_gates;
-    bool is_joint = s.traits.sides == 1 && s.traits.is_normed[0] && !s.traits.is_diagonal;
-    bool is_normed = is_joint || s.traits.is_normed[1];
-    if (!s.traits.is_diagonal) {
-      Blocked<T> to = s.traits.sides == 2 ? v_h : v_x;
-      long column = first * s.traits.gates, columns = (end - first) * s.traits.gates;
-      multiply<T>({h_old.data, my.chunk_at, h_old.step()}, rows,
-                  {b.packed.recurrent + column * s.P * chunk<T>, s.P * chunk<T>}, columns, s.P,
-                  {to.at(column, 0), my.chunk_at, to.step()}, s.traits.sides == 1, squares(is_normed, rows));
-    }
-    if (is_normed) {
-      publish(rows);
-      T* scale = is_joint ? scale_x : my.scale[1];
-      for (long r = 0; r < rows; ++r) finish_norm(s, part, my.sums, call.eps, r, scale + r * max_gates);
-    }
+    multiply_h(step, index);
+    normalise(rows, is_joint() ? scale_x : my.scale[1]);
 
     Step<T> p{};
     p.rows = rows, p.first = first, p.end = end;
     p.v[0] = v_x, p.v[1] = v_h;
     p.scale[0] = scale_x, p.scale[1] = my.scale[1];
     p.vectors = b.packed.vectors, p.mean_c = my.mean_c, p.scale_c = my.scale_c;
-    p.h_old = h_old, p.h = from_row(s.is_projected ? b.unprojected : b.h[1 - now], part.row);
+    p.h_old = from_row(b.h[now], part.row), p.h = from_row(s.is_projected ? b.unprojected : b.h[1 - now], part.row);
     p.c_old = from_row(b.c[now], part.row), p.c = from_row(b.c[1 - now], part.row);
     p.c_raw = from_row(b.saved.c, at);
     p.sums = my.sums.own, p.sum_rows = my.sums.rows;
@@ -189,7 +197,7 @@ template <class T> struct Forward {
     if (is_training && part.member == 0) keep_sums(step, rows, scale_x);
     settle(step);
     join(step + 1);
-    part.wait();
+    if (step + 1 < s.T) part.wait();
   }
 
   void keep_sums(long step, long rows, const T* scale_x) {

@@ -31,10 +31,10 @@ template <class T> struct Sums {
   }
 };
 
-// 1 / sigma of each group from the gates' sums of squares, spread over its gates: scale [max_gates].
-template <class T> void finish_norm(const Shape& s, const Part& part, const Sums<T>& sums, double eps, long row, T* scale) {
+// 1 / sigma of each group of one side from the gates' sums of squares, spread over its gates: scale [max_gates].
+template <class T> void finish_norm(const Shape& s, const Part& part, const Sums<T>& sums, int side, double eps, long row, T* scale) {
   T squares[max_gates] = {};
-  for (int g = 0; g < s.traits.gates; ++g) squares[s.group_of[g]] += sums.total(part, g, row);
+  for (int g = 0; g < s.traits.gates; ++g) squares[s.group_of[g]] += sums.total(part, side * max_gates + g, row);
   for (int g = 0; g < s.traits.gates; ++g)
     scale[g] = (T)(1 / root(squares[s.group_of[g]] / s.group_size[s.group_of[g]] + eps));
 }
