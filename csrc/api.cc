@@ -102,6 +102,10 @@ uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FE
   return mixed;
 }
 
+int festina_run_packed(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], uint64_t fingerprint) {
+  return festina_fingerprint(call, bytes) == fingerprint ? festina_run(call) : 2;
+}
+
 const char* festina_error(void) { return error; }
 
 const char* festina_isa(void) {

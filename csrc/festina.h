@@ -63,6 +63,9 @@ void festina_free(void* memory);
 /* A few values and the address of each parameter, mixed: it tells rewritten parameters from those that were packed. */
 uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS]);
 
+/* festina_run, if the parameters still have this fingerprint; 2, with nothing done, if not. */
+int festina_run_packed(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], uint64_t fingerprint);
+
 /* What went wrong in this thread's last call that returned 1. */
 const char* festina_error(void);
 

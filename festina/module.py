@@ -126,7 +126,7 @@ class RecurrentBase(nn.Module):
     def layer_parameters(self, layer: int = 0) -> list[Tensor]:
         """The parameters of one layer in the order of a `Call`: direction by direction, each as `spec.parameter_names`."""
         try:
-            return [self._parameters[name] for name in self._names[layer]]  # type: ignore[misc]
+            return [*map(self._parameters.__getitem__, self._names[layer])]  # type: ignore[list-item]
         except KeyError:  # a parametrization or torch.nn.utils.weight_norm computes one of them
             return [getattr(self, name) for name in self._names[layer]]
 

@@ -104,6 +104,7 @@ def library() -> Library:
         return Library(None, f"the compiled core cannot be loaded: {error}")
     core.festina_bytes.argtypes = [POINTER(FestinaCall), POINTER(FestinaBytes)]
     core.festina_run.argtypes = [c_void_p]
+    core.festina_run_packed.argtypes = [c_void_p, c_void_p, c_uint64]
     core.festina_error.restype = core.festina_isa.restype = core.festina_isas.restype = c_char_p
     core.festina_isas.argtypes = [c_int]
     core.festina_allocate.restype, core.festina_allocate.argtypes = c_void_p, [c_uint64]

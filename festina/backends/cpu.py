@@ -26,6 +26,8 @@ CELL_NORMS = ("none", "readout", "carried")
 PARTED = {"gru"}
 CACHE_LINE = 64
 MOST_THREADS = 256
+STALE = 2
+"""What `festina_run_packed` returns where the parameters are no longer those that were packed."""
 WORK_A_THREAD = 40_000
 """Multiplications; below, waking another thread takes longer than what it saves."""
 
@@ -206,6 +208,7 @@ class Packed:
     """Weights in the order of the kernels, and what tells whether they still are what the parameters hold."""
 
     parameters: list[weakref.ref[Tensor]]
+    ids: list[int]
     versions: list[int]
     fingerprint: int
     sizes: Any
@@ -219,7 +222,7 @@ class Packed:
 
 
 class PackedCache:
-    """Packed weights by their parameters, dropped with the first of them.
+    """Packed weights by their parameters, dropped with any of them.
 
     A parameter counts as unchanged while it is the same object at the same address with the same version and the same
     fingerprint. The fingerprint samples 32 values: it is there for writes through `.data`, which leave the version alone.
@@ -231,11 +234,8 @@ class PackedCache:
     def find(self, parameters: Sequence[Tensor]) -> Packed | None:
         """What was packed of these parameters; whether it `still_holds` is left to ask."""
         found = self._found.get(id(parameters[0]))
-        if found is None:
+        if found is None or found.ids != [*map(id, parameters)] or found.versions != [p._version for p in parameters]:
             return None
-        for ref, version, p in zip(found.parameters, found.versions, parameters):
-            if ref() is not p or p._version != version:
-                return None
         return found
 
     def put(self, call: Call, args: core.FestinaCall, buffer: Tensor) -> None:
@@ -246,11 +246,13 @@ class PackedCache:
         placed = dict(zip(slots(call.layer), (p.nbytes for p in parameters)))
         sizes = core.Sizes(*(placed.get(slot, 0) for slot in range(2 * len(core.PARAMETERS))))
         fingerprint = core.functions().festina_fingerprint(args, sizes)
-        key = id(parameters[0])
-        if key not in self._found:
-            weakref.finalize(parameters[0], self._found.pop, key, None).atexit = False
-        versions = [p._version for p in parameters]
-        self._found[key] = Packed([weakref.ref(p) for p in parameters], versions, fingerprint, sizes, buffer, [])
+        ids = [*map(id, parameters)]
+
+        def drop(_: weakref.ref[Tensor], key: int = ids[0], found: dict[int, Packed] = self._found) -> None:
+            found.pop(key, None)  # before another object is given the id
+
+        refs = [weakref.ref(p, drop) for p in parameters]
+        self._found[ids[0]] = Packed(refs, ids, [p._version for p in parameters], fingerprint, sizes, buffer, [])
 
 
 def short(dtype: torch.dtype) -> str:
@@ -306,7 +308,7 @@ class Cpu:
             ready = None
         if ready is None or ready.key != key:
             ready = self._get_ready(step, key, found.buffer)
-        if ready is None or not found.still_holds(ready.args):
+        if ready is None:
             return None
         for tensor, shape in zip(state, ready.shapes):
             if tensor.shape != shape or tensor.dtype != dtype or not (tensor.is_cpu and tensor.is_contiguous()):
@@ -317,7 +319,10 @@ class Cpu:
         args.output = args.h_n = outputs[0].data_ptr()  # the output of one step is the new h
         if c_0:
             args.c_0, args.c_n = c_0[0].data_ptr(), outputs[1].data_ptr()
-        core.check(core.functions().festina_run(ready.address))
+        status = core.functions().festina_run_packed(ready.address, ctypes.addressof(found.sizes), found.fingerprint)
+        if status == STALE:
+            return None
+        core.check(status)
         found.ready.append(ready)
         return outputs
 
