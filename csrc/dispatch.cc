@@ -36,8 +36,7 @@ struct Choice {
       append(all, c.isa->name);
       if (!c.is_runnable) continue;
       append(runnable, c.isa->name);
-      bool is_wanted = wanted && *wanted ? !strcmp(wanted, c.isa->name) : strcmp(c.isa->name, "wide") != 0;
-      if (!isa && is_wanted) isa = c.isa;
+      if (!isa && (!wanted || !*wanted || !strcmp(wanted, c.isa->name))) isa = c.isa;
     }
     if (!isa) {
       strcpy(refusal, "FESTINA_ISA is ");

@@ -12,6 +12,7 @@ template <class T> struct BackwardBuffers {
   Saved<T> saved;
   T *recurrent, *input, *projection;  // panels of the products of the backward pass
   Blocked<T> d_v[2], x, h_old, unprojected, d_h_projected;  // by slot
+  Blocked<Two> pairs[2];                                    // by slot: d_v as the products with weights take it
   long* token_of;                                           // by slot
   Blocked<T> d_h, d_h_new, d_c, d_c_new, d_seen, c_old;
   T* d_weight[3];  // of weight_ih, weight_hh, weight_hr, where they cannot be summed in place
@@ -42,10 +43,13 @@ template <class T> BackwardBuffers<T> take_backward(Arena& arena, Arena& saved, 
   b.vectors = take_vectors<T>(arena, s);
   b.saved = take_saved<T>(saved, s, call.has_zoneout_cell);
   long depth = s.columns() * chunk<T>;
-  if (!s.traits.is_diagonal) b.recurrent = arena.take<T>(s.width * depth * chunk<T>);
-  b.input = arena.take<T>(s.inputs * depth * chunk<T>);
+  if (!s.traits.is_diagonal) b.recurrent = arena.take<T>(s.width * s.depth(depth) * chunk<T>);
+  b.input = arena.take<T>(s.inputs * s.depth(depth) * chunk<T>);
   long slots = s.stretch_slots();
-  for (int side = 0; side < s.traits.sides; ++side) b.d_v[side] = arena.take_blocked<T>(s.columns(), slots);
+  for (int side = 0; side < s.traits.sides; ++side) {
+    b.d_v[side] = arena.take_blocked<T>(s.columns(), slots);
+    if (s.is_paired) b.pairs[side] = arena.take_blocked<Two>(ceil_div(s.columns(), 2), slots);
+  }
   b.x = arena.take_blocked<T>(s.inputs, slots);
   b.h_old = arena.take_blocked<T>(s.width, slots);
   b.token_of = arena.take<long>(slots);
@@ -258,10 +262,11 @@ template <class T> struct Backward {
       kernels.update_backward(p);
     }
     finish_norms(p);
+    if (s.is_paired) narrow_products(p, slot);
     if (s.traits.is_diagonal)
       part.wait();
     else
-      multiply_back(p, next_step(step - 1, rows));
+      multiply_back(p, slot, next_step(step - 1, rows));
     for (long r = 0; r < rows; ++r) {
       if (!is_reset(step, r)) continue;
       clear_row(b.d_h, first_wide, end_wide, part.row + r);
@@ -269,23 +274,40 @@ template <class T> struct Backward {
     }
   }
 
+  void narrow_products(const Step<T>& p, long slot) const {
+    if constexpr (can_pair<T>)
+      for (int side = 0; side < s.traits.sides; ++side)
+        for (long n = first * s.traits.gates; n < end * s.traits.gates; ++n)
+          for (long r = 0; r < p.rows; ++r) narrow(p.d_v[side], n, r, b.pairs[side], slot + r);
+  }
+
   // d_h from the gradients of products. A thread begins with those of its own units, while others finish theirs.
-  void multiply_back(const Step<T>& p, Ahead<T> ahead) const {
-    Blocked<T> from = p.d_v[s.traits.sides - 1];
-    long gates = s.traits.gates, depth = s.columns() * chunk<T>;
+  void multiply_back(const Step<T>& p, long slot, Ahead<T> ahead) const {
+    int side = s.traits.sides - 1;
+    long gates = s.traits.gates, depth = s.depth(s.columns() * chunk<T>), panel = depth * chunk<T>;
     bool is_begun = p.is_h_kept || !s.traits.has_c;
-    auto sum_over = [&](long column, long stop) {
-      if (column == stop) return;
-      multiply<T>({from.at(column, 0), my.chunk_at, from.step()}, p.rows,
-                  {b.recurrent + (first_wide * depth + column * chunk<T>) * chunk<T>, depth * chunk<T>}, end_wide - first_wide,
-                  (stop - column) * chunk<T>, {p.d_h.at(first_wide, 0), my.chunk_at, p.d_h.step()}, is_begun, {},
-                  [&] { ahead(); });
+    // The sum over terms [from, stop) of a left operand that begins there.
+    auto sum_over = [&](auto left, long from, long stop) {
+      using E = typename decltype(left)::Element;
+      if (from == stop) return;
+      multiply<E>({left.data, my.chunk_at, left.step()}, p.rows,
+                  {(const E*)b.recurrent + first_wide * panel + from * chunk<E>, panel}, end_wide - first_wide, stop - from,
+                  {p.d_h.at(first_wide, 0), my.chunk_at, p.d_h.step()}, is_begun, {}, [&] { ahead(); });
       is_begun = true;
     };
-    sum_over(first * gates, end * gates);
+    if constexpr (can_pair<T>) {
+      if (s.is_paired) {  // two columns share a chunk of pairs, and may belong to two threads
+        part.wait();
+        return sum_over(from_row(b.pairs[side], slot), 0, depth);
+      }
+    }
+    auto columns = [&](long column, long stop) {
+      sum_over(Blocked<T>{p.d_v[side].at(column, 0), p.d_v[side].rows}, column * chunk<T>, stop * chunk<T>);
+    };
+    columns(first * gates, end * gates);
     part.wait();
-    sum_over(0, first * gates);
-    sum_over(end * gates, s.columns());
+    columns(0, first * gates);
+    columns(end * gates, s.columns());
   }
 
   // What the kernels will read first of the step that comes next, fetched a few lines at a time beside the product that
@@ -298,7 +320,7 @@ template <class T> struct Backward {
     long token = order.token(step), gates = s.traits.gates, columns = (end - first) * gates;
     if (s.traits.has_c) ahead.add(from_row(b.saved.c, token), first, end - first);
     for (int side = 0; side < s.traits.sides; ++side) ahead.add(from_row(b.saved.v[side], token), first * gates, columns);
-    ahead.share(min(most, ahead.lines()), Tiling<T>(rows).count(end_wide - first_wide, s.columns() * chunk<T>));
+    ahead.share(min(most, ahead.lines()), Tiling<T>(rows).count(end_wide - first_wide, s.depth(s.columns() * chunk<T>)));
     return ahead;
   }
 

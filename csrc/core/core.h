@@ -105,12 +105,13 @@ template <class T> struct Core {
       if (d % workers == worker) pack_vectors(s, call, call.parameters[d], p);
       Weight<T> input = weight(d, FESTINA_WEIGHT_IH), recurrent = weight(d, FESTINA_WEIGHT_HH);
       for (long n = worker; n < s.columns(); n += workers) {
-        pack_transposed(s, input, n % s.traits.gates, n / s.traits.gates, p.input + n * s.I * chunk<T>);
+        pack_transposed(s, input, s.is_paired, n % s.traits.gates, n / s.traits.gates, p.input + n * s.depth(s.I) * chunk<T>);
         if (!s.traits.is_diagonal)
-          pack_transposed(s, recurrent, n % s.traits.gates, n / s.traits.gates, p.recurrent + n * s.P * chunk<T>);
+          pack_transposed(s, recurrent, s.is_paired, n % s.traits.gates, n / s.traits.gates,
+                          p.recurrent + n * s.depth(s.P) * chunk<T>);
       }
       for (long n = worker; s.is_projected && n < s.width; n += workers)
-        pack_transposed(s, weight(d, FESTINA_WEIGHT_HR), 0, n, p.projection + n * s.H * chunk<T>);
+        pack_transposed(s, weight(d, FESTINA_WEIGHT_HR), false, 0, n, p.projection + n * s.H * chunk<T>);
     }
     wait(workers);
   }
@@ -126,14 +127,15 @@ template <class T> struct Core {
       const BackwardBuffers<T>& b = backward[d];
       Packed<T> vectors = b.vectors;
       if (d % workers == worker) pack_vectors(s, call, call.parameters[d], vectors);
-      auto pack = [&](int which, long rows, T* panels) {
+      auto pack = [&](int which, bool is_paired, long rows, T* panels) {
         Weight<T> w = weight(d, which);
+        long depth = w.gates * rows * chunk<T> / (is_paired ? 2 : 1);
         for (long n = worker; n < w.gates * rows; n += workers)
-          pack_straight(s, w, n % w.gates, n / w.gates, w.gates * rows * chunk<T>, panels);
+          pack_straight(s, w, is_paired, n % w.gates, n / w.gates, depth, panels);
       };
-      if (!s.traits.is_diagonal) pack(FESTINA_WEIGHT_HH, s.units, b.recurrent);
-      if (call.d_input) pack(FESTINA_WEIGHT_IH, s.units, b.input);
-      if (s.is_projected) pack(FESTINA_WEIGHT_HR, s.width, b.projection);
+      if (!s.traits.is_diagonal) pack(FESTINA_WEIGHT_HH, s.is_paired, s.units, b.recurrent);
+      if (call.d_input) pack(FESTINA_WEIGHT_IH, s.is_paired, s.units, b.input);
+      if (s.is_projected) pack(FESTINA_WEIGHT_HR, false, s.width, b.projection);
     }
   }
 
@@ -168,8 +170,12 @@ template <class T> struct Core {
       }
       wait(workers);
       goes_on = gradients.goes_on();
-      Tasks *now = common.tasks + round % 2 * 2, *next = common.tasks + (round + 1) % 2 * 2;
-      if (worker == 0) next[0] = next[1] = {};
+      Tasks *now = common.tasks + round % 2 * 3, *next = common.tasks + (round + 1) % 2 * 3;
+      if (worker == 0) next[0] = next[1] = next[2] = {};
+      if (s.is_paired) {
+        now[2].share([&](long task) { return gradients.pair(task); });
+        wait(workers);
+      }
       now[0].share([&](long task) { return gradients.sum_stretch(task); });
       wait(workers);
       if (!gradients.is_turn_needed()) continue;

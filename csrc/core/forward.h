@@ -108,19 +108,30 @@ template <class T> struct Forward {
     for (long index = 0; step < stop; ++step)
       for (long r = 0, rows = order.rows(step); r < rows; ++r, ++index, ++count) {
         long token = order.token(step) + r;
-        my.left_at[count] = (input.is_bfloat16 ? count : token) * s.I;
+        my.left_at[count] = input.is_bfloat16 ? count * s.depth(s.I) : token * s.I;
         my.target_at[count] = (slot(step, index - r) + r) * chunk<T>;
-        if (input.is_bfloat16)
-          for (long k = 0; k < s.I; ++k) my.rows[count * s.I + k] = input.get(token * s.I + k);
+        if (input.is_bfloat16) take_input(token, my.rows + my.left_at[count]);
       }
     bool has_inner = call.parameters[order.d][FESTINA_BIAS_INNER];
     long column = first * s.traits.gates, columns = (end - first) * s.traits.gates;
     Target<T> to{b.v[0].at(column, 0), my.target_at, b.v[0].step()};
     if (has_inner) fill(to, count, columns, b.packed.inner + column * chunk<T>);
-    multiply<T>({input.is_bfloat16 ? my.rows : (const T*)call.input, my.left_at, chunk<T>}, count,
-                {b.packed.input + column * s.I * chunk<T>, s.I * chunk<T>}, columns, s.I, to, has_inner,
-                squares(is_normed, 0, count));
+    const T* left = input.is_bfloat16 ? my.rows : (const T*)call.input;
+    long depth = s.depth(s.I), panel = depth * chunk<T>;
+    with_factor<T>(s.is_paired, Two{}, T{}, [&](auto e) {
+      using E = decltype(e);
+      multiply<E>({(const E*)left, my.left_at, chunk<E>}, count, {(const E*)b.packed.input + column * panel, panel}, columns,
+                  depth, to, has_inner, squares(is_normed, 0, count));
+    });
     if (is_normed) projected = count;
+  }
+
+  // A step of a bfloat16 input as the product takes it.
+  void take_input(long token, T* to) const {
+    const uint16_t* from = (const uint16_t*)call.input + token * s.I;
+    uint16_t* pairs = (uint16_t*)to;
+    if (s.is_paired) pairs[2 * s.depth(s.I) - 1] = 0;  // an odd last term has no other
+    for (long k = 0; k < s.I; ++k) s.is_paired ? void(pairs[k] = from[k]) : void(to[k] = (T)from_bfloat16(from[k]));
   }
 
   // The product with h of one step.
@@ -130,9 +141,15 @@ template <class T> struct Forward {
     Blocked<T> h_old = from_row(b.h[step % 2], part.row);
     Blocked<T> to = s.traits.sides == 1 ? from_row(b.v[0], at) : from_row(b.v[1], is_training ? at : part.row);
     long column = first * s.traits.gates, columns = (end - first) * s.traits.gates;
-    multiply<T>({h_old.data, my.chunk_at, h_old.step()}, rows,
-                {b.packed.recurrent + column * s.P * chunk<T>, s.P * chunk<T>}, columns, s.P,
-                {to.at(column, 0), my.chunk_at, to.step()}, s.traits.sides == 1, squares(is_normed_h(), 1, rows));
+    long depth = s.depth(s.P), panel = depth * chunk<T>;
+    if constexpr (can_pair<T>)
+      for (long n = 0; s.is_paired && n < s.width; ++n)
+        for (long r = 0; r < rows; ++r) narrow(h_old, n, r, my.pairs, r);
+    with_factor<T>(s.is_paired, my.pairs, h_old, [&](auto left) {
+      using E = typename decltype(left)::Element;
+      multiply<E>({left.data, my.chunk_at, left.step()}, rows, {(const E*)b.packed.recurrent + column * panel, panel}, columns,
+                  depth, {to.at(column, 0), my.chunk_at, to.step()}, s.traits.sides == 1, squares(is_normed_h(), 1, rows));
+    });
   }
 
   bool is_joint() const { return s.traits.sides == 1 && s.traits.is_normed[0] && !s.traits.is_diagonal; }

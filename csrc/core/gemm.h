@@ -27,6 +27,8 @@ template <class T> struct Target {
   long step;
 };
 
+// Factors are of type E, results of type Sum<E>: where E is `Two`, every k below counts two terms of a sum.
+
 // Where the squares of a result go: those of column chunk n to data + (n % period) * step + row * lanes.
 template <class T> struct Squares {
   T* data;
@@ -34,11 +36,12 @@ template <class T> struct Squares {
   INLINE T* at(long chunk, long r) const { return data + (n + chunk) % period * step + (row + r) * lanes<T>; }
 };
 
-template <class T, int rows, int chunks, int stride>
-void tile(Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, Squares<T> squares) {
+template <class E, int rows, int chunks, int stride>
+void tile(Left<E> a, Panels<E> b, long depth, Target<Sum<E>> c, bool is_added, Squares<Sum<E>> squares) {
+  using T = Sum<E>;
   constexpr int parts = chunk<T> / lanes<T>, wide = chunks * parts, block = chunk<T>;
   Vec<T> sums[rows][wide];
-  const T* left[rows];
+  const E* left[rows];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
     left[r] = a.data + a.row_at[r];
@@ -47,31 +50,31 @@ void tile(Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, Square
 #pragma GCC unroll 16
     for (int n = 0; n < wide; ++n) sums[r][n] = broadcast(T(0));
   }
-  const T* right = b.data;
+  const E* right = b.data;
   auto multiply = [&](int k) __attribute__((always_inline)) {
     auto column = [&](int n) __attribute__((always_inline)) {
       return load(right + n / parts * b.step + n % parts * lanes<T> + k * block);
     };
     // The factor with fewer vectors waits in registers: else those of a low, wide tile would not suffice.
     if constexpr (rows < wide) {
-      Vec<T> x[rows];
+      Vec<E> x[rows];
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) x[r] = broadcast(left[r][k * stride]);
 #pragma GCC unroll 16
       for (int n = 0; n < wide; ++n) {
-        Vec<T> y = column(n);
+        Vec<E> y = column(n);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) sums[r][n] += x[r] * y;
+        for (int r = 0; r < rows; ++r) add_product(sums[r][n], x[r], y);
       }
     } else {
-      Vec<T> y[wide];
+      Vec<E> y[wide];
 #pragma GCC unroll 16
       for (int n = 0; n < wide; ++n) y[n] = column(n);
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
-        Vec<T> x = broadcast(left[r][k * stride]);
+        Vec<E> x = broadcast(left[r][k * stride]);
 #pragma GCC unroll 16
-        for (int n = 0; n < wide; ++n) sums[r][n] += x * y[n];
+        for (int n = 0; n < wide; ++n) add_product(sums[r][n], x, y[n]);
       }
     }
   };
@@ -107,20 +110,21 @@ template <class T> constexpr int chunks_for(int rows) {
   return fit < 1 ? 1 : fit > 4 ? 4 : fit;
 }
 
-template <class T, int rows, int stride, int chunks = chunks_for<T>(rows)>
-INLINE void tile_of(long wanted, Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, Squares<T> squares) {
+template <class E, int rows, int stride, int chunks = chunks_for<E>(rows)>
+INLINE void tile_of(long wanted, Left<E> a, Panels<E> b, long depth, Target<Sum<E>> c, bool is_added, Squares<Sum<E>> squares) {
   if constexpr (chunks > 1) {
-    if (wanted < chunks) return tile_of<T, rows, stride, chunks - 1>(wanted, a, b, depth, c, is_added, squares);
+    if (wanted < chunks) return tile_of<E, rows, stride, chunks - 1>(wanted, a, b, depth, c, is_added, squares);
   }
-  tile<T, rows, chunks, stride>(a, b, depth, c, is_added, squares);
+  tile<E, rows, chunks, stride>(a, b, depth, c, is_added, squares);
 }
 
-template <class T, int stride, int rows = TILE_ROWS>
-INLINE void tile_rows(long count, long chunks, Left<T> a, Panels<T> b, long depth, Target<T> c, bool is_added, Squares<T> squares) {
+template <class E, int stride, int rows = TILE_ROWS>
+INLINE void tile_rows(long count, long chunks, Left<E> a, Panels<E> b, long depth, Target<Sum<E>> c, bool is_added,
+                      Squares<Sum<E>> squares) {
   if constexpr (rows > 1) {
-    if (count < rows) return tile_rows<T, stride, rows - 1>(count, chunks, a, b, depth, c, is_added, squares);
+    if (count < rows) return tile_rows<E, stride, rows - 1>(count, chunks, a, b, depth, c, is_added, squares);
   }
-  tile_of<T, rows, stride>(chunks, a, b, depth, c, is_added, squares);
+  tile_of<E, rows, stride>(chunks, a, b, depth, c, is_added, squares);
 }
 
 // Rows are cut evenly into tiles: 8 rows are 4 + 4, as 6 + 2 would leave the second tile waiting.
@@ -136,37 +140,37 @@ struct Nothing {
 
 // c = or += a b for `rows` rows and `chunks` chunks of columns. Where there are `squares`, those of the result are
 // added to them. `beside` is called once a tile: a place for memory that is needed later to be fetched.
-template <class T, int stride = 1, class Beside = Nothing>
-void multiply(Left<T> a, long rows, Panels<T> b, long chunks, long depth, Target<T> c, bool is_added, Squares<T> squares = {},
-              Beside beside = {}) {
+template <class E, int stride = 1, class Beside = Nothing>
+void multiply(Left<E> a, long rows, Panels<E> b, long chunks, long depth, Target<Sum<E>> c, bool is_added,
+              Squares<Sum<E>> squares = {}, Beside beside = {}) {
   if (rows == 0) return;
   constexpr long left_bytes = 192 << 10;  // what of the left operand is gone through for every panel: it stays in L2
-  Tiling<T> tiling(rows);
+  Tiling<E> tiling(rows);
   long tiles = tiling.down, wide = tiling.wide;
   // The panels of chunk n from k on, fetched into L2 by shares, one beside each tile that those before them are multiplied
   // by. It pays where the panels come from beyond L2 and tiles are many; else the processor's own prefetching does better.
   constexpr long least_tiles = 6, least_bytes = 28 << 20;
-  bool is_fetched = tiles >= least_tiles && tiles * chunks * depth * chunk<T> * (long)sizeof(T) >= least_bytes;
+  bool is_fetched = tiles >= least_tiles && tiles * chunks * depth * chunk<E> * (long)sizeof(E) >= least_bytes;
   auto fetch = [&](long n, long k, long i) __attribute__((always_inline)) {  // GCC drops calls that do nothing but prefetch
     long lines = min(depth_block, depth - k);
     for (long chunk_end = min(n + wide, chunks); n < chunk_end; ++n) {
-      const T *panel = b.data + n * b.step + k * chunk<T>, *end = panel + lines * (i + 1) / tiles * chunk<T>;
+      const E *panel = b.data + n * b.step + k * chunk<E>, *end = panel + lines * (i + 1) / tiles * chunk<E>;
 #pragma GCC unroll 4
-      for (const T* line = panel + lines * i / tiles * chunk<T>; line < end; line += chunk<T>) __builtin_prefetch(line, 0, 2);
+      for (const E* line = panel + lines * i / tiles * chunk<E>; line < end; line += chunk<E>) __builtin_prefetch(line, 0, 2);
     }
   };
-  long reach = max(1, left_bytes / (rows * (long)sizeof(T) * depth_block)) * depth_block;
+  long reach = max(1, left_bytes / (rows * (long)sizeof(E) * depth_block)) * depth_block;
   for (long far = 0; far == 0 || far < depth; far += reach)
     for (long n = 0; n < chunks; n += wide)
       for (long k = far, end = min(depth, far + reach); k == far || k < end; k += depth_block) {
         bool is_last = k + depth_block >= depth;
         bool is_deeper = k + depth_block < end;
-        Panels<T> right{b.data + n * b.step + k * chunk<T>, b.step};
+        Panels<E> right{b.data + n * b.step + k * chunk<E>, b.step};
         for (long i = 0, row = 0; i < tiles; ++i) {
           long next = rows * (i + 1) / tiles;
-          Left<T> left{a.data + k / chunk<T> * a.step, a.row_at + row, a.step};
-          Target<T> to{c.data + n * c.step, c.row_at + row, c.step};
-          tile_rows<T, stride>(next - row, min(wide, chunks - n), left, right, min(depth_block, depth - k), to,
+          Left<E> left{a.data + k / chunk<E> * a.step, a.row_at + row, a.step};
+          Target<Sum<E>> to{c.data + n * c.step, c.row_at + row, c.step};
+          tile_rows<E, stride>(next - row, min(wide, chunks - n), left, right, min(depth_block, depth - k), to,
                                is_added || k > 0, {is_last ? squares.data : nullptr, squares.step, squares.period, n, row});
           if (is_fetched) is_deeper ? fetch(n, k + depth_block, i) : fetch(n + wide, far, i);
           beside();

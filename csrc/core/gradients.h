@@ -37,7 +37,32 @@ template <class T> struct Gradients {
         if (task < count) return sum_weight(d, w, f, task * most, min(most, f.rows - task * most)), true;
         task -= count;
       }
-      if (call.d_parameters[d][FESTINA_BIAS_INNER] && task-- == 0) return sum_inner(d), true;
+      if (!s.is_paired && call.d_parameters[d][FESTINA_BIAS_INNER] && task-- == 0) {
+        for (long n = 0; n < s.columns(); ++n) sum_inner(d, n);
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // Both factors of the weights' gradients as pairs of slots, in place, once what needs them as they are has had them.
+  bool pair(long task) const {
+    if constexpr (can_pair<T>) {
+      for (long d = direction; d < end_direction; ++d) {
+        const BackwardBuffers<T>& from = b[d];
+        const Blocked<T> factors[] = {from.d_v[0], from.d_v[1], from.x, from.h_old};
+        const long chunks[] = {s.columns(), s.traits.sides == 2 ? s.columns() : 0, s.inputs, s.width};
+        for (int i = 0; i < 4; ++i) {
+          if (task >= chunks[i]) {
+            task -= chunks[i];
+            continue;
+          }
+          if (i == 0 && call.d_parameters[d][FESTINA_BIAS_INNER]) sum_inner(d, task);
+          for (long group = 0; group < groups; ++group)
+            pair_rows(factors[i].at(task, stretch(d, group).slot), stretch(d, group).rows);
+          return true;
+        }
+      }
     }
     return false;
   }
@@ -72,11 +97,11 @@ template <class T> struct Gradients {
 
   static constexpr long finish_columns = 64;
 
-  struct Sum {
+  struct Place {
     T* data;
     long step;
   };
-  Sum place_of(long d, int w, const Factors& f) const {
+  Place place_of(long d, int w, const Factors& f) const {
     if (T* own = b[d].d_weight[w]) return {own, ceil_div(f.columns, chunk<T>) * chunk<T>};
     return {(T*)f.wanted, f.columns};
   }
@@ -86,21 +111,26 @@ template <class T> struct Gradients {
     long H = w == 2 ? s.P : s.H, gates = f.rows / H;
     Blocked<T> left = w == 0 ? b[d].d_v[0] : w == 1 ? b[d].d_v[s.traits.sides - 1] : b[d].d_h_projected;
     Blocked<T> right = w == 0 ? b[d].x : w == 1 ? b[d].h_old : b[d].unprojected;
-    Sum to = place_of(d, w, f);
+    Place to = place_of(d, w, f);
     for (long i = 0; i < count; ++i) {
       long gate = (row + i) / H, j = (row + i) % H;
       my.left_at[i] = (j / C * gates + gate) * left.step() + j % C;
       my.target_at[i] = (row + i) * to.step;
     }
-    for (long group = 0; group < groups; ++group) {
-      const Stretch& over = stretch(d, group);
-      multiply<T, C>({left.data + over.slot * C, my.left_at, C * C}, count, {right.data + over.slot * C, right.step()},
-                     ceil_div(f.columns, C), over.rows, {to.data, my.target_at, C}, !is_first || group > 0);
-    }
+    bool is_paired = s.is_paired && w < 2;
+    with_factor<T>(is_paired, Two{}, T{}, [&](auto e) {
+      using E = decltype(e);
+      for (long group = 0; group < groups; ++group) {
+        const Stretch& over = stretch(d, group);
+        multiply<E, C>({(const E*)left.data + over.slot * C, my.left_at, C * C}, count,
+                       {(const E*)right.data + over.slot * C, right.step()}, ceil_div(f.columns, C),
+                       is_paired ? s.depth(over.rows) : over.rows, {to.data, my.target_at, C}, !is_first || group > 0);
+      }
+    });
   }
 
   void finish_weight(long d, int w, const Factors& f, long column) const {
-    Sum from = place_of(d, w, f);
+    Place from = place_of(d, w, f);
     Tensor<T> to(f.wanted, call.type);
     long count = min(finish_columns, f.columns - column);
     for (int group = 0; group < (w == 2 ? 1 : s.groups); ++group) {
@@ -125,24 +155,25 @@ template <class T> struct Gradients {
   }
 
   void sum_input(long d, long slot, long row, long end) const {
-    long depth = s.columns() * chunk<T>;
-    const Blocked<T>& left = b[d].d_v[0];
-    multiply<T>({left.at(0, slot + row), my.chunk_at, left.step()}, end - row, {b[d].input, depth * chunk<T>}, s.inputs, depth,
-                {d_rows.data, my.chunk_at, d_rows.step()}, false);
+    long depth = s.depth(s.columns() * chunk<T>);
+    with_factor<T>(s.is_paired, b[d].pairs[0], b[d].d_v[0], [&](auto left) {
+      using E = typename decltype(left)::Element;
+      multiply<E>({left.at(0, slot + row), my.chunk_at, left.step()}, end - row, {(const E*)b[d].input, depth * chunk<E>},
+                  s.inputs, depth, {d_rows.data, my.chunk_at, d_rows.step()}, false);
+    });
     Tensor<T> to(call.d_input, call.type);
     for (long r = row; r < end; ++r)
       to.write(b[d].token_of[slot + r] * s.I, s.I, 0, s.inputs, d_rows, r - row, s.directions == 2);
   }
 
-  void sum_inner(long d) const {
-    for (long n = 0; n < s.columns(); ++n)
-      for (int l = 0; l < chunk<T>; l += lanes<T>) {
-        T* to = b[d].d_inner + n * chunk<T> + l;
-        Vec<T> total = is_first ? broadcast(T(0)) : load(to);
-        for (long group = 0; group < groups; ++group)
-          for (long r = 0; r < stretch(d, group).rows; ++r) total += load(b[d].d_v[0].at(n, stretch(d, group).slot + r) + l);
-        store(to, total);
-      }
+  void sum_inner(long d, long n) const {
+    for (int l = 0; l < chunk<T>; l += lanes<T>) {
+      T* to = b[d].d_inner + n * chunk<T> + l;
+      Vec<T> total = is_first ? broadcast(T(0)) : load(to);
+      for (long group = 0; group < groups; ++group)
+        for (long r = 0; r < stretch(d, group).rows; ++r) total += load(b[d].d_v[0].at(n, stretch(d, group).slot + r) + l);
+      store(to, total);
+    }
   }
 
   // Sums over threads of the vectors that `which` gives for each gate.

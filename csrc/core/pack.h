@@ -48,8 +48,16 @@ template <class T> const T* means_of(const Shape& s, const Weight<T>& w, long ga
   return w.means ? w.means + s.group_of[gate] * w.columns : nullptr;
 }
 
+// Element (k, column) of a panel.
+template <class T> INLINE void put(T* panel, bool is_paired, long k, int column, T x) {
+  if (is_paired)
+    ((uint16_t*)panel)[(k / 2 * chunk<T> + column) * 2 + k % 2] = to_bfloat16((float)x);
+  else
+    panel[k * chunk<T> + column] = x;
+}
+
 // A chunk of the rows of a weight, as columns of a panel: [k][row within the chunk].
-template <class T> void pack_transposed(const Shape& s, const Weight<T>& w, long gate, long unit, T* to) {
+template <class T> void pack_transposed(const Shape& s, const Weight<T>& w, bool is_paired, long gate, long unit, T* to) {
   constexpr int C = chunk<T>;
   alignas(64) T block[C][C];
   for (long k = 0; k < w.columns; k += C) {
@@ -58,20 +66,25 @@ template <class T> void pack_transposed(const Shape& s, const Weight<T>& w, long
       long j = unit * C + l;
       centred_row(w, j < w.H ? gate * w.H + j : -1, means_of(s, w, gate), k, count, block[l]);
     }
-    for (long i = 0; i < count; ++i, to += C)
-      for (int l = 0; l < C; ++l) to[l] = block[l][i];
+    if (is_paired) count = (count + 1) / 2 * 2;  // past the last column there are zeros
+    for (long i = 0; i < count; ++i)
+      for (int l = 0; l < C; ++l) put(to, is_paired, k + i, l, block[l][i]);
   }
 }
 
 // A chunk of the rows of a weight, as rows of all panels: [chunk of columns][row][column within the chunk]. Rows are ordered
 // as the columns of products are, unit after unit, in each the gates. A few rows at a time: each is read from end to end.
-template <class T> void pack_straight(const Shape& s, const Weight<T>& w, long gate, long unit, long depth, T* panels) {
+template <class T>
+void pack_straight(const Shape& s, const Weight<T>& w, bool is_paired, long gate, long unit, long depth, T* panels) {
   constexpr int C = chunk<T>;
+  alignas(64) T columns[C];
   for (long first = 0; first < w.columns; first += C)
     for (int l = 0; l < C; ++l) {
-      long j = unit * C + l;
+      long j = unit * C + l, k = (unit * w.gates + gate) * C + l;
+      T* panel = panels + first * depth;
       centred_row(w, j < w.H ? gate * w.H + j : -1, means_of(s, w, gate), first, min(C, w.columns - first),
-                  panels + (first * depth + ((unit * w.gates + gate) * C + l) * C));
+                  is_paired ? columns : panel + k * C);
+      for (int c = 0; is_paired && c < C; ++c) put(panel, true, k, c, columns[c]);
     }
 }
 

@@ -28,6 +28,7 @@ template <class T> struct Scratch {
   long *left_at, *target_at, *chunk_at;  // offsets of rows: of a list of steps, and of successive rows in a blocked matrix
   T *scale[2], *pull[2];                 // [rows, max_gates]
   T *mean_c, *scale_c, *mean_d_seen, *mean_d_seen_hat, *rows;
+  Blocked<Two> pairs;  // of h, for the product of a step
 };
 
 // The rows that a group of threads went back over in one stretch: slots [slot, slot + rows), and how many steps are left.
@@ -44,7 +45,7 @@ struct alignas(64) Tasks {
     }
   }
 };
-constexpr int task_lists = 5;  // two passes over a stretch, for even and odd stretches, and the last pass
+constexpr int task_lists = 7;  // three passes over a stretch, for even and odd stretches, and the last pass
 
 // What all threads share.
 struct Common {
@@ -78,6 +79,7 @@ template <class T> Scratch<T> take_scratch(Arena& arena, const Shape& s, T* publ
   my.mean_c = arena.take<T>(rows), my.scale_c = arena.take<T>(rows);
   my.mean_d_seen = arena.take<T>(rows), my.mean_d_seen_hat = arena.take<T>(rows);
   my.rows = is_bfloat16 ? arena.take<T>(rows * s.I) : nullptr;
+  my.pairs = s.is_paired ? arena.take_blocked<Two>(ceil_div(s.width, 2), s.B) : Blocked<Two>{};
   return my;
 }
 

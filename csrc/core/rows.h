@@ -14,8 +14,36 @@ INLINE float from_bfloat16(uint16_t bits) {
 INLINE uint16_t to_bfloat16(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof x);
-  if (x != x) return (uint16_t)(bits >> 16 | 0x40);
-  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return (uint16_t)((x != x ? bits | 0x400000 : rounded) >> 16);
+}
+
+// One chunk of a row as bfloat16. Two such chunks make one of pairs.
+INLINE void narrow(const float* from, uint16_t* to) {
+  for (int l = 0; l < chunk<float>; ++l) to[l] = to_bfloat16(from[l]);
+}
+INLINE void narrow(const Blocked<float>& from, long n, long row, const Blocked<Two>& to, long to_row) {
+  narrow(from.at(n, row), (uint16_t*)to.at(n / 2, to_row) + n % 2 * chunk<float>);
+}
+
+// Successive rows of one chunk as pairs, in the place of the first half of them; an odd last one goes with zeros.
+inline void pair_rows(float* rows, long count) {
+  constexpr int C = chunk<float>;
+  for (long k = 0; k < count; k += 2) {
+    uint16_t halves[2][C] = {};
+    for (long i = 0; i < 2 && k + i < count; ++i) narrow(rows + (k + i) * C, halves[i]);
+    uint16_t* to = (uint16_t*)(rows + k / 2 * C);
+    for (int l = 0; l < C; ++l) to[2 * l] = halves[0][l], to[2 * l + 1] = halves[1][l];
+  }
+}
+
+// Calls body with what products are made of: pairs, or numbers as they are.
+template <class T, class Pairs, class Plain, class Body>
+INLINE void with_factor(bool is_paired, Pairs pairs, Plain plain, Body body) {
+  if constexpr (can_pair<T>) {
+    if (is_paired) return body(pairs);
+  }
+  body(plain);
 }
 
 // A tensor of the caller's: elements of T, or bfloat16 where T is float.

@@ -14,6 +14,7 @@ INLINE long padded_rows(long rows) { return (rows + 7) / 16 * 16 + 8; }
 
 // A blocked matrix: chunks of columns, in each all rows, in each row the chunk's columns. `rows` is padded.
 template <class T> struct Blocked {
+  using Element = T;
   T* data;
   long rows;
   INLINE T* at(long column_chunk, long row) const { return data + (column_chunk * rows + row) * chunk<T>; }
@@ -36,12 +37,14 @@ struct Arena {
   }
 };
 
+constexpr long cache_line = 64;
 constexpr int max_gates = 4;
 constexpr int sum_of_c = 2 * max_gates;  // sums that a step takes over a row: one for each side and gate, then two of c
 constexpr int max_sums = sum_of_c + 2;
 constexpr long max_threads = 256;
 constexpr long projected_rows = 128;     // steps are projected just before the recurrence needs them, about so many rows at once
 constexpr long rows_a_group = 32;        // fewer rows a thread: threads share rows and split the units
+constexpr long weights_a_thread = 3 << 19;  // bytes of recurrent weights: so many and more go to another thread in the group
 constexpr long gradient_rows = 96;       // so many rows of a weight's gradient, or of the input's, are one task
 constexpr long stretch_rows = 1024;      // backward: so many rows of a group, or fewer, until gradients are summed over them
 
@@ -56,14 +59,20 @@ struct Shape {
   long T, B, I, H, P, N, directions, threads;
   long units, inputs, width;  // chunks of H, I and P
   int groups, group_of[max_gates];
-  bool is_projected, is_centred;
+  bool is_projected, is_centred, is_paired;  // is_paired: factors of products are bfloat16, two terms of a sum together
   double group_size[max_gates];
 
   long sums_saved() const {
     return groups * (traits.is_normed[0] + traits.is_normed[1]) + (traits.has_norm_c ? 2 : 0);
   }
   long columns() const { return traits.gates * units; }
-  long row_groups() const { return max(1, min(threads, B / rows_a_group)); }
+  long depth(long terms) const { return is_paired ? ceil_div(terms, 2) : terms; }  // of a sum of so many terms
+  // Threads that share rows so that each goes through no more of the weights than nearly fits L2.
+  long sharers() const {
+    return traits.is_diagonal ? 1 : max(1, columns() * depth(P) * cache_line / weights_a_thread);
+  }
+  long row_groups(long among) const { return max(1, min(among / sharers(), B / rows_a_group)); }
+  long row_groups() const { return row_groups(threads); }
   long projected() const { return min(projected_rows, N); }
   long projected_slots() const { return row_groups() * projected() + B; }
   // Stretches of about even length, each of whole steps.
@@ -82,6 +91,7 @@ template <class T> Shape shape_of(const FestinaCall& call, const Traits& traits)
   s.directions = call.directions, s.threads = call.threads;
   s.units = ceil_div(s.H, chunk<T>), s.inputs = ceil_div(s.I, chunk<T>), s.width = ceil_div(s.P, chunk<T>);
   s.is_projected = call.parameters[0][FESTINA_WEIGHT_HR] != nullptr;
+  s.is_paired = has_dot_products && call.type == FESTINA_BFLOAT16;
   s.is_centred = call.placement != FESTINA_NO_NORM && !call.rms;
   for (int g = 0; g < traits.gates; ++g) {
     bool is_last = g == traits.gates - 1;
@@ -103,7 +113,8 @@ template <class T> INLINE T& vector_at(T* vectors, int which, long j) {
   return vectors[(j / chunk<T> * vectors_a_unit + which) * chunk<T> + j % chunk<T>];
 }
 
-// Weights as the kernels take them, of one direction. Panels: [chunk of columns][row][column within the chunk].
+// Weights as the kernels take them, of one direction. Panels: [chunk of columns][row][column within the chunk], or of
+// pairs [chunk of columns][two rows][column within the chunk][which row].
 template <class T> struct Packed {
   T *input, *recurrent, *projection;                 // products of the forward pass
   T* vectors;  // [units, vectors_a_unit, chunk], zero past H
@@ -119,8 +130,8 @@ template <class T> Packed<T> take_vectors(Arena& arena, const Shape& s) {
 
 template <class T> Packed<T> take_packed(Arena& arena, const Shape& s) {
   Packed<T> p = take_vectors<T>(arena, s);
-  p.input = arena.take<T>(s.columns() * s.I * chunk<T>);
-  if (!s.traits.is_diagonal) p.recurrent = arena.take<T>(s.columns() * s.P * chunk<T>);
+  p.input = arena.take<T>(s.columns() * s.depth(s.I) * chunk<T>);
+  if (!s.traits.is_diagonal) p.recurrent = arena.take<T>(s.columns() * s.depth(s.P) * chunk<T>);
   if (s.is_projected) p.projection = arena.take<T>(s.width * s.H * chunk<T>);
   return p;
 }

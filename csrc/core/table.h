@@ -13,12 +13,26 @@ template <class T> void run(const FestinaCall& call, festina::Parallel parallel)
 
 inline bool has_kernels(const FestinaCall& call) { return kernels_for<float>(call).emit; }
 
+// An instruction set that has nothing new for float64 names the one that serves it there: FLOAT64_OF.
+#ifdef FLOAT64_OF
+}
+namespace FLOAT64_OF {
+extern const festina::Isa isa;
+}
+namespace ISA {
+inline FestinaBytes bytes_float64(const FestinaCall& call) { return FLOAT64_OF::isa.bytes(call); }
+inline void run_float64(const FestinaCall& call, festina::Parallel parallel) { FLOAT64_OF::isa.run(call, parallel); }
+#else
+inline FestinaBytes bytes_float64(const FestinaCall& call) { return Core<double>(call).bytes; }
+inline void run_float64(const FestinaCall& call, festina::Parallel parallel) { run<double>(call, parallel); }
+#endif
+
 inline FestinaBytes bytes(const FestinaCall& call) {
-  return call.type == FESTINA_FLOAT64 ? Core<double>(call).bytes : Core<float>(call).bytes;
+  return call.type == FESTINA_FLOAT64 ? bytes_float64(call) : Core<float>(call).bytes;
 }
 
 inline void run_any(const FestinaCall& call, festina::Parallel parallel) {
-  call.type == FESTINA_FLOAT64 ? run<double>(call, parallel) : run<float>(call, parallel);
+  call.type == FESTINA_FLOAT64 ? run_float64(call, parallel) : run<float>(call, parallel);
 }
 
 #define NAME_OF(isa) #isa

@@ -52,7 +52,7 @@ inline long row_cut(const Shape& s, const long* starts, long group, long groups)
 
 inline Part part_of(const Shape& s, const long* starts, long worker, long workers, Barrier* barriers) {
   long teams = s.directions == 2 && workers % 2 == 0 ? 2 : 1, size = workers / teams;
-  long groups = 1, most = max(1, min(size, min(s.B / rows_a_group, s.row_groups())));
+  long groups = 1, most = s.row_groups(size);
   for (long g = 2; g <= most; ++g)
     if (g * min(size / g, s.units) >= groups * min(size / groups, s.units)) groups = g;
   Part p{};

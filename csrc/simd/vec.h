@@ -18,6 +18,15 @@ template <> struct Raw<double> {
   typedef int64_t bits __attribute__((vector_size(VECTOR_BYTES)));
 };
 
+// Two bfloat16 numbers side by side, successive ones of a sum: what AVX512_BF16 multiplies and adds in one instruction.
+struct Two {
+  uint16_t first, second;
+};
+template <> struct Raw<Two> {
+  typedef int32_t type __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t loose __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+};
+
 template <class T> constexpr int lanes = VECTOR_BYTES / sizeof(T);
 
 // Columns lie in chunks of one cache line, whatever the vector: chunk / lanes vectors make one.
@@ -31,6 +40,11 @@ template <class T> struct Vec {
 
 template <class T> INLINE Vec<T> broadcast(T x) { return {x - typename Raw<T>::type{}}; }
 template <class T> INLINE Vec<T> load(const T* p) { return {*(const typename Raw<T>::loose*)p}; }
+INLINE Vec<Two> broadcast(Two x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  return {bits - Raw<Two>::type{}};
+}
 template <class T> INLINE void store(T* p, Vec<T> x) { *(typename Raw<T>::loose*)p = x.v; }
 template <class T> INLINE void add_to(T* p, Vec<T> x) { *(typename Raw<T>::loose*)p += x.v; }
 
@@ -45,6 +59,21 @@ template <class T> INLINE Vec<T> operator-(Vec<T> a, int b) { return a - T(b); }
 template <class T> INLINE Vec<T> operator*(Vec<T> a, T b) { return a * broadcast(b); }
 template <class T> INLINE Vec<T> operator/(Vec<T> a, T b) { return a / broadcast(b); }
 template <class T> INLINE Vec<T>& operator+=(Vec<T>& a, Vec<T> b) { return a = a + b; }
+
+// What products of numbers of type E are summed in, and the sum with one more product in each lane.
+template <class E> struct SumOf { using type = E; };
+template <> struct SumOf<Two> { using type = float; };
+template <class E> using Sum = typename SumOf<E>::type;
+
+template <class T> INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) { sum += a * b; }
+#ifdef HAS_DOT_PRODUCTS
+INLINE void add_product(Vec<float>& sum, Vec<Two> a, Vec<Two> b) { sum.v = DOT_PRODUCT(sum.v, a.v, b.v); }
+constexpr bool has_dot_products = true;
+#else
+constexpr bool has_dot_products = false;
+#endif
+
+template <class T> constexpr bool can_pair = has_dot_products && sizeof(T) == sizeof(Two);
 
 // A NaN compares false: it takes the second value.
 template <class T> INLINE Vec<T> where_at_most(Vec<T> a, T bound, Vec<T> yes, Vec<T> no) {

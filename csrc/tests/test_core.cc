@@ -10,6 +10,7 @@
 #include VECTOR_HEADER
 #include "../core/gemm.h"
 #include "../core/math.h"
+#include "../core/rows.h"
 
 namespace ISA {
 
@@ -98,7 +99,46 @@ template <class T> void check_products() {
         }
 }
 
+#ifdef HAS_DOT_PRODUCTS
+// Pairs of bfloat16: the same sums as of floats that hold the same numbers, whether depth is even or odd.
+void check_pairs(long rows, long chunks, long depth) {
+  constexpr long C = chunk<float>;
+  long across = padded_rows(rows), pairs = ceil_div(depth, 2), columns = chunks * C;
+  float *c = numbers<float>(rows * columns), *given = numbers<float>(depth * (rows + columns));
+  Two *a = (Two*)calloc(ceil_div(pairs, C) * across * C, sizeof(Two)), *b = (Two*)calloc(chunks * pairs * C, sizeof(Two));
+  long *left = (long*)malloc(rows * sizeof(long)), *target = (long*)malloc(rows * sizeof(long));
+  auto half = [&](long i) { return to_bfloat16(given[i]); };
+  for (long r = 0; r < rows; ++r) {
+    left[r] = r * C, target[r] = r * columns;
+    for (long k = 0; k < depth; ++k) ((uint16_t*)(a + (k / 2 / C * across + r) * C + k / 2 % C))[k % 2] = half(r * depth + k);
+  }
+  for (long n = 0; n < columns; ++n)
+    for (long k = 0; k < depth; ++k)
+      ((uint16_t*)(b + (n / C * pairs + k / 2) * C + n % C))[k % 2] = half((rows + n) * depth + k);
+  multiply<Two>({a, left, across * C}, rows, {b, pairs * C}, chunks, pairs, {c, target, C}, false);
+  for (long i = 0; i < rows * columns; ++i) {
+    double want = 0;
+    for (long k = 0; k < depth; ++k)
+      want += (double)from_bfloat16(half(i / columns * depth + k)) * from_bfloat16(half((rows + i % columns) * depth + k));
+    if (!(fabs(c[i] - want) <= 1e-6 * depth)) {
+      printf("pairs %ldx%ldx%ld: %ld is %g, not %g\n", rows, chunks, depth, i, (double)c[i], want), ++failures;
+      break;
+    }
+  }
+  free(a), free(b), free(c), free(given), free(left), free(target);
+}
+
+void check_all_pairs() {
+  for (long rows : {1, 2, 3, 7, 13})
+    for (long chunks : {1, 2, 5})
+      for (long depth : {1, 2, 15, 32, 33, 600}) check_pairs(rows, chunks, depth);
+}
+#else
+void check_all_pairs() {}
+#endif
+
 int run() {
+  check_all_pairs();
   check_functions<float>();
   check_functions<double>();
   check_products<float>();
