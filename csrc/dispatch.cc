@@ -40,7 +40,7 @@ struct Choice {
     }
     if (!isa) {
       strcpy(refusal, "FESTINA_ISA is ");
-      strncat(refusal, wanted, 40);
+      strncat(refusal, wanted ? wanted : "not set", 40);
       strcat(refusal, ", but this CPU runs: ");
       strcat(refusal, runnable);
     }

@@ -10,7 +10,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-#define FESTINA_VERSION 1
+#define FESTINA_VERSION 2
 
 enum FestinaPass { FESTINA_INFERENCE, FESTINA_TRAINING, FESTINA_BACKWARD };
 enum FestinaType { FESTINA_FLOAT32, FESTINA_FLOAT64, FESTINA_BFLOAT16 };

@@ -276,7 +276,7 @@ template <class T> struct Backward {
 
   void narrow_products(const Step<T>& p, long slot) const {
     if constexpr (can_pair<T>)
-      for (int side = 0; side < s.traits.sides; ++side)
+      for (int side = call.d_input ? 0 : s.traits.sides - 1; side < s.traits.sides; ++side)
         for (long n = first * s.traits.gates; n < end * s.traits.gates; ++n)
           for (long r = 0; r < p.rows; ++r) narrow(p.d_v[side], n, r, b.pairs[side], slot + r);
   }
@@ -311,7 +311,7 @@ template <class T> struct Backward {
   }
 
   // What the kernels will read first of the step that comes next, fetched a few lines at a time beside the product that
-  // is made now: as much as half of L2 holds.
+  // is made now, 256 KB at most: L2 has other uses.
   Ahead<T> next_step(long step, long rows) const {
     constexpr long most = 4096;
     Ahead<T> ahead{};

@@ -46,7 +46,7 @@ template <class T> struct Core {
   };
   Own own(long worker, Arena arena) const {
     Own o{};
-    o.scratch = take_scratch<T>(arena, s, published, worker, is_bfloat16);
+    o.scratch = take_scratch<T>(arena, s, published, worker, call);
     if (call.pass == FESTINA_BACKWARD) {
       for (long d = 0; d < s.directions; ++d) o.d_vectors[d] = arena.take<T>(vector_count());
       o.d_rows = arena.take_blocked<T>(s.inputs, gradient_rows);
@@ -173,13 +173,13 @@ template <class T> struct Core {
       Tasks *now = common.tasks + round % 2 * 3, *next = common.tasks + (round + 1) % 2 * 3;
       if (worker == 0) next[0] = next[1] = next[2] = {};
       if (s.is_paired) {
-        now[2].share([&](long task) { return gradients.pair(task); });
+        now[0].share([&](long task) { return gradients.pair(task); });
         wait(workers);
       }
-      now[0].share([&](long task) { return gradients.sum_stretch(task); });
+      now[1].share([&](long task) { return gradients.sum_stretch(task); });
       wait(workers);
       if (!gradients.is_turn_needed()) continue;
-      now[1].share([&](long task) { return gradients.sum_turn(task); });
+      now[2].share([&](long task) { return gradients.sum_turn(task); });
       wait(workers);
     }
     if (!part.is_idle) recurrence.finish();

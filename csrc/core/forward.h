@@ -129,9 +129,13 @@ template <class T> struct Forward {
   // A step of a bfloat16 input as the product takes it.
   void take_input(long token, T* to) const {
     const uint16_t* from = (const uint16_t*)call.input + token * s.I;
-    uint16_t* pairs = (uint16_t*)to;
-    if (s.is_paired) pairs[2 * s.depth(s.I) - 1] = 0;  // an odd last term has no other
-    for (long k = 0; k < s.I; ++k) s.is_paired ? void(pairs[k] = from[k]) : void(to[k] = (T)from_bfloat16(from[k]));
+    if (!s.is_paired) {
+      for (long k = 0; k < s.I; ++k) to[k] = (T)from_bfloat16(from[k]);
+      return;
+    }
+    Half* pairs = (Half*)to;
+    pairs[2 * s.depth(s.I) - 1] = 0;  // an odd last term has no other
+    for (long k = 0; k < s.I; ++k) pairs[k] = from[k];
   }
 
   // The product with h of one step.

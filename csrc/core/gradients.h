@@ -51,7 +51,7 @@ template <class T> struct Gradients {
       for (long d = direction; d < end_direction; ++d) {
         const BackwardBuffers<T>& from = b[d];
         const Blocked<T> factors[] = {from.d_v[0], from.d_v[1], from.x, from.h_old};
-        const long chunks[] = {s.columns(), s.traits.sides == 2 ? s.columns() : 0, s.inputs, s.width};
+        const long chunks[] = {s.columns(), s.traits.sides == 2 ? s.columns() : 0, s.inputs, s.traits.is_diagonal ? 0 : s.width};
         for (int i = 0; i < 4; ++i) {
           if (task >= chunks[i]) {
             task -= chunks[i];

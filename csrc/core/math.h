@@ -29,7 +29,7 @@ template <class T> INLINE Vec<T> power_of_two(Vec<T> rounded) {
   using Bits = typename Raw<T>::bits;
   return {(typename Raw<T>::type)(((Bits)rounded.v << Exp<T>::mantissa) + Exp<T>::one)};
 }
-template <class T> INLINE Pair<T> power_of_two(Pair<T> rounded) { return {power_of_two(rounded.low), power_of_two(rounded.high)}; }
+template <class T> INLINE Twin<T> power_of_two(Twin<T> rounded) { return {power_of_two(rounded.low), power_of_two(rounded.high)}; }
 
 // e^x = scale + scale * rest, with rest = e^r - 1 for the part r of x that is within ln 2 / 2 of zero.
 template <class V> INLINE void exp_parts(V x, V& scale, V& rest) {

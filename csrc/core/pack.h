@@ -51,7 +51,7 @@ template <class T> const T* means_of(const Shape& s, const Weight<T>& w, long ga
 // Element (k, column) of a panel.
 template <class T> INLINE void put(T* panel, bool is_paired, long k, int column, T x) {
   if (is_paired)
-    ((uint16_t*)panel)[(k / 2 * chunk<T> + column) * 2 + k % 2] = to_bfloat16((float)x);
+    ((Half*)panel)[(k / 2 * chunk<T> + column) * 2 + k % 2] = to_bfloat16((float)x);
   else
     panel[k * chunk<T> + column] = x;
 }

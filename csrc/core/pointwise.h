@@ -22,8 +22,6 @@ template <class T> struct Step {
   bool is_h_kept, is_c_kept;
   T* d_vectors;
   const T *mean_d_seen, *mean_d_seen_hat;  // [rows]: what the norm of c takes from its gradient
-
-  INLINE T* sum_at(int sum, long row) const { return sums + (sum * sum_rows + row) * lanes<T>; }
 };
 
 template <class T, class Cell, int placement, int cell_norm> struct Pointwise {

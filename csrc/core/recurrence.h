@@ -68,7 +68,7 @@ template <class T> T* take_published(Arena& arena, const Shape& s) {
   return arena.take<T>(s.threads * max_sums * s.list_rows());
 }
 
-template <class T> Scratch<T> take_scratch(Arena& arena, const Shape& s, T* published, long worker, bool is_bfloat16) {
+template <class T> Scratch<T> take_scratch(Arena& arena, const Shape& s, T* published, long worker, const FestinaCall& call) {
   Scratch<T> my;
   long rows = s.list_rows();
   my.sums = {arena.take<T>(max_sums * rows * lanes<T>), published, rows, worker};
@@ -78,8 +78,9 @@ template <class T> Scratch<T> take_scratch(Arena& arena, const Shape& s, T* publ
     my.scale[side] = arena.take<T>(rows * max_gates), my.pull[side] = arena.take<T>(rows * max_gates);
   my.mean_c = arena.take<T>(rows), my.scale_c = arena.take<T>(rows);
   my.mean_d_seen = arena.take<T>(rows), my.mean_d_seen_hat = arena.take<T>(rows);
-  my.rows = is_bfloat16 ? arena.take<T>(rows * s.I) : nullptr;
-  my.pairs = s.is_paired ? arena.take_blocked<Two>(ceil_div(s.width, 2), s.B) : Blocked<Two>{};
+  bool is_forward = call.pass != FESTINA_BACKWARD;
+  my.rows = is_forward && call.type == FESTINA_BFLOAT16 ? arena.take<T>(rows * s.I) : nullptr;
+  my.pairs = is_forward && s.is_paired ? arena.take_blocked<Two>(ceil_div(s.width, 2), s.B) : Blocked<Two>{};
   return my;
 }
 

@@ -18,21 +18,23 @@ INLINE uint16_t to_bfloat16(float x) {
   return (uint16_t)((x != x ? bits | 0x400000 : rounded) >> 16);
 }
 
+typedef uint16_t __attribute__((may_alias)) Half;  // bfloat16 in memory that holds other types too
+
 // One chunk of a row as bfloat16. Two such chunks make one of pairs.
-INLINE void narrow(const float* from, uint16_t* to) {
+INLINE void narrow(const float* from, Half* to) {
   for (int l = 0; l < chunk<float>; ++l) to[l] = to_bfloat16(from[l]);
 }
 INLINE void narrow(const Blocked<float>& from, long n, long row, const Blocked<Two>& to, long to_row) {
-  narrow(from.at(n, row), (uint16_t*)to.at(n / 2, to_row) + n % 2 * chunk<float>);
+  narrow(from.at(n, row), (Half*)to.at(n / 2, to_row) + n % 2 * chunk<float>);
 }
 
 // Successive rows of one chunk as pairs, in the place of the first half of them; an odd last one goes with zeros.
 inline void pair_rows(float* rows, long count) {
   constexpr int C = chunk<float>;
   for (long k = 0; k < count; k += 2) {
-    uint16_t halves[2][C] = {};
+    Half halves[2][C] = {};
     for (long i = 0; i < 2 && k + i < count; ++i) narrow(rows + (k + i) * C, halves[i]);
-    uint16_t* to = (uint16_t*)(rows + k / 2 * C);
+    Half* to = (Half*)(rows + k / 2 * C);
     for (int l = 0; l < C; ++l) to[2 * l] = halves[0][l], to[2 * l + 1] = halves[1][l];
   }
 }

@@ -44,7 +44,7 @@ constexpr int max_sums = sum_of_c + 2;
 constexpr long max_threads = 256;
 constexpr long projected_rows = 128;     // steps are projected just before the recurrence needs them, about so many rows at once
 constexpr long rows_a_group = 32;        // fewer rows a thread: threads share rows and split the units
-constexpr long weights_a_thread = 3 << 19;  // bytes of recurrent weights: so many and more go to another thread in the group
+constexpr long weights_a_thread = 3 << 19;  // bytes of recurrent weights: for each so many, one thread more shares the rows
 constexpr long gradient_rows = 96;       // so many rows of a weight's gradient, or of the input's, are one task
 constexpr long stretch_rows = 1024;      // backward: so many rows of a group, or fewer, until gradients are summed over them
 
@@ -59,7 +59,7 @@ struct Shape {
   long T, B, I, H, P, N, directions, threads;
   long units, inputs, width;  // chunks of H, I and P
   int groups, group_of[max_gates];
-  bool is_projected, is_centred, is_paired;  // is_paired: factors of products are bfloat16, two terms of a sum together
+  bool is_projected, is_centred, is_paired;  // products with weight_ih and weight_hh are of pairs of bfloat16
   double group_size[max_gates];
 
   long sums_saved() const {
@@ -67,7 +67,7 @@ struct Shape {
   }
   long columns() const { return traits.gates * units; }
   long depth(long terms) const { return is_paired ? ceil_div(terms, 2) : terms; }  // of a sum of so many terms
-  // Threads that share rows so that each goes through no more of the weights than nearly fits L2.
+  // Threads that share rows, so that none goes through much more than weights_a_thread at every step.
   long sharers() const {
     return traits.is_diagonal ? 1 : max(1, columns() * depth(P) * cache_line / weights_a_thread);
   }

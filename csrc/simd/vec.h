@@ -24,7 +24,7 @@ struct Two {
 };
 template <> struct Raw<Two> {
   typedef int32_t type __attribute__((vector_size(VECTOR_BYTES)));
-  typedef int32_t loose __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
+  typedef int32_t loose __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));  // written half by half
 };
 
 template <class T> constexpr int lanes = VECTOR_BYTES / sizeof(T);
@@ -86,14 +86,14 @@ template <class T> INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
 
 // Two vectors side by side, whose operations take turns. A cell is a long chain of operations, each of which needs the
 // one before: half of it is as much as a processor looks ahead, so that the second vector must not come after the first.
-template <class T> struct Pair {
+template <class T> struct Twin {
   using Element = T;
   static constexpr int span = 2 * lanes<T>;
   Vec<T> low, high;
 };
 
-// How a chunk is gone through: in one vector, or in pairs of them.
-template <bool is_one, class T> struct SpanOf { using type = Pair<T>; };
+// How a chunk is gone through: in one vector, or in twins.
+template <bool is_one, class T> struct SpanOf { using type = Twin<T>; };
 template <class T> struct SpanOf<true, T> { using type = Vec<T>; };
 template <class T> using Span = typename SpanOf<chunk<T> == lanes<T>, T>::type;
 
@@ -110,27 +110,27 @@ template <class V> INLINE V broadcast_as(typename V::Element x) {
     return {broadcast(x), broadcast(x)};
 }
 
-template <class T> INLINE void store(T* p, Pair<T> x) { store(p, x.low), store(p + lanes<T>, x.high); }
-template <class T> INLINE void add_to(T* p, Pair<T> x) { add_to(p, x.low), add_to(p + lanes<T>, x.high); }
+template <class T> INLINE void store(T* p, Twin<T> x) { store(p, x.low), store(p + lanes<T>, x.high); }
+template <class T> INLINE void add_to(T* p, Twin<T> x) { add_to(p, x.low), add_to(p + lanes<T>, x.high); }
 
 template <class T> INLINE Vec<T> fold(Vec<T> x) { return x; }
-template <class T> INLINE Vec<T> fold(Pair<T> x) { return x.low + x.high; }
+template <class T> INLINE Vec<T> fold(Twin<T> x) { return x.low + x.high; }
 
-#define PAIRED(op)                                                                                              \
-  template <class T> INLINE Pair<T> operator op(Pair<T> a, Pair<T> b) { return {a.low op b.low, a.high op b.high}; } \
-  template <class T> INLINE Pair<T> operator op(Pair<T> a, T b) { return {a.low op b, a.high op b}; }
-PAIRED(+)
-PAIRED(-)
-PAIRED(*)
-PAIRED(/)
-#undef PAIRED
-template <class T> INLINE Pair<T> operator-(Pair<T> a) { return {-a.low, -a.high}; }
-template <class T> INLINE Pair<T> operator-(Pair<T> a, int b) { return a - T(b); }
-template <class T> INLINE Pair<T>& operator+=(Pair<T>& a, Pair<T> b) { return a = a + b; }
-template <class T> INLINE Pair<T> where_at_most(Pair<T> a, T bound, Pair<T> yes, Pair<T> no) {
+#define TWINNED(op)                                                                                              \
+  template <class T> INLINE Twin<T> operator op(Twin<T> a, Twin<T> b) { return {a.low op b.low, a.high op b.high}; } \
+  template <class T> INLINE Twin<T> operator op(Twin<T> a, T b) { return {a.low op b, a.high op b}; }
+TWINNED(+)
+TWINNED(-)
+TWINNED(*)
+TWINNED(/)
+#undef TWINNED
+template <class T> INLINE Twin<T> operator-(Twin<T> a) { return {-a.low, -a.high}; }
+template <class T> INLINE Twin<T> operator-(Twin<T> a, int b) { return a - T(b); }
+template <class T> INLINE Twin<T>& operator+=(Twin<T>& a, Twin<T> b) { return a = a + b; }
+template <class T> INLINE Twin<T> where_at_most(Twin<T> a, T bound, Twin<T> yes, Twin<T> no) {
   return {where_at_most(a.low, bound, yes.low, no.low), where_at_most(a.high, bound, yes.high, no.high)};
 }
-template <class T> INLINE Pair<T> clamp(Pair<T> x, T low, T high) { return {clamp(x.low, low, high), clamp(x.high, low, high)}; }
+template <class T> INLINE Twin<T> clamp(Twin<T> x, T low, T high) { return {clamp(x.low, low, high), clamp(x.high, low, high)}; }
 
 template <class T> INLINE T sum(Vec<T> x) {
   T total = x.v[0];

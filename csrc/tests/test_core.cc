@@ -26,7 +26,7 @@ template <class T, class Function, class Truth>
 void check(const char* name, Function function, Truth truth, double limit, double allowed) {
   double worst = 0, worst_at = 0;
   auto at = [&](T x) {
-    Pair<T> both = function(Pair<T>{broadcast(x), broadcast(-x)});
+    Twin<T> both = function(Twin<T>{broadcast(x), broadcast(-x)});
     double error = fmax(ulps(both.low.v[0], truth((long double)x)), ulps(both.high.v[0], truth(-(long double)x)));
     if (!(error <= worst)) worst = error, worst_at = (double)x;
   };

@@ -209,7 +209,7 @@ class Packed:
 
     parameters: list[weakref.ref[Tensor]]
     ids: list[int]
-    versions: list[int]
+    marks: list[tuple[int, int]]
     fingerprint: int
     sizes: Any
     buffer: Tensor
@@ -219,6 +219,11 @@ class Packed:
         """The parameters that `args` points to have the fingerprint of those that were packed."""
         same: bool = core.functions().festina_fingerprint(args, self.sizes) == self.fingerprint
         return same
+
+
+def marks_of(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Version and address of each: `p.data = other` changes the address alone."""
+    return [(p._version, p.data_ptr()) for p in parameters]
 
 
 class PackedCache:
@@ -234,7 +239,7 @@ class PackedCache:
     def find(self, parameters: Sequence[Tensor]) -> Packed | None:
         """What was packed of these parameters; whether it `still_holds` is left to ask."""
         found = self._found.get(id(parameters[0]))
-        if found is None or found.ids != [*map(id, parameters)] or found.versions != [p._version for p in parameters]:
+        if found is None or found.ids != [*map(id, parameters)] or found.marks != marks_of(parameters):
             return None
         return found
 
@@ -252,7 +257,7 @@ class PackedCache:
             found.pop(key, None)  # before another object is given the id
 
         refs = [weakref.ref(p, drop) for p in parameters]
-        self._found[ids[0]] = Packed(refs, ids, [p._version for p in parameters], fingerprint, sizes, buffer, [])
+        self._found[ids[0]] = Packed(refs, ids, marks_of(parameters), fingerprint, sizes, buffer, [])
 
 
 def short(dtype: torch.dtype) -> str:
