@@ -27,8 +27,6 @@ template <class T> struct Target {
   long step;
 };
 
-// Factors are of type E, results of type Sum<E>: where E is `Two`, every k below counts two terms of a sum.
-
 // Where the squares of a result go: those of column chunk n to data + (n % period) * step + row * lanes.
 template <class T> struct Squares {
   T* data;
@@ -36,6 +34,7 @@ template <class T> struct Squares {
   INLINE T* at(long chunk, long r) const { return data + (n + chunk) % period * step + (row + r) * lanes<T>; }
 };
 
+// Factors are of type E, results of type Sum<E>: where E is `Two`, every k below counts two terms of a sum.
 template <class E, int rows, int chunks, int stride>
 void tile(Left<E> a, Panels<E> b, long depth, Target<Sum<E>> c, bool is_added, Squares<Sum<E>> squares) {
   using T = Sum<E>;
