@@ -84,22 +84,24 @@ void festina_free(void* memory) { free(memory); }
 
 uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS]) {
   constexpr uint64_t samples = 32, odd = 0x9e3779b97f4a7c15;
-  uint64_t mixed = 0;
-  auto mix = [&](uint64_t value) {
-    mixed = (mixed ^ value) * odd;
-    mixed ^= mixed >> 29;
+  constexpr int chains = 4;  // one alone would wait for itself at every value
+  uint64_t mixed[chains] = {};
+  auto mix = [&](int chain, uint64_t value) {
+    mixed[chain] = (mixed[chain] ^ value) * odd;
+    mixed[chain] ^= mixed[chain] >> 29;
   };
   for (int i = 0; i < 2 * FESTINA_PARAMETERS; ++i) {
     const char* tensor = (const char*)call->parameters[i / FESTINA_PARAMETERS][i % FESTINA_PARAMETERS];
     uint64_t words = bytes[i / FESTINA_PARAMETERS][i % FESTINA_PARAMETERS] / 2, step = words / samples;
-    mix((uint64_t)tensor);
+    mix(0, (uint64_t)tensor);
     for (uint64_t n = 0; tensor && n < samples && n < words; ++n) {
       uint16_t word;
       memcpy(&word, tensor + (step ? n * step + ((n * odd >> 40) * step >> 24) : n) * 2, 2);  // one in each part
-      mix(word);
+      mix(n % chains, word);
     }
   }
-  return mixed;
+  for (int chain = 1; chain < chains; ++chain) mix(0, mixed[chain]);
+  return mixed[0];
 }
 
 int festina_run_packed(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], uint64_t fingerprint) {

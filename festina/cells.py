@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from festina import functional, norms, ops, spec
-from festina.backends import Step
 from festina.module import RecurrentBase
 from festina.norms import NormPlan
 from festina.packing import check_resets
@@ -91,17 +90,6 @@ class Cell(RecurrentBase):
             setattr(cell, name, parameter)
         return cell.train(layer.training)
 
-    def _step(self, input: Tensor, hx: Any) -> Any:
-        """The new state by the shorter way of `ops.run_step`; None where there is none, or something does not fit."""
-        is_random = self.training and (self.zoneout or self.zoneout_cell or self.dropconnect)
-        state = hx if isinstance(hx, tuple) else (hx,)
-        if is_random or input.dim() != 2 or len(state) != len(self.cell_spec.states):
-            return None
-        found = ops.run_step(Step(self.spec, self.layer_parameters(), input, state, self.zoneout, self.zoneout_cell))
-        if found is None:
-            return None
-        return tuple(found) if isinstance(hx, tuple) else found[0]
-
     def forward(self, input: Tensor, hx: Any = None, *, resets: Tensor | None = None) -> Any:
         """Take one step.
 
@@ -118,7 +106,7 @@ class Cell(RecurrentBase):
         """
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
-        if resets is None and (state_n := self._step(input, hx)) is not None:
+        if resets is None and (state_n := ops.run_step(self, input, hx)) is not None:
             return state_n
         if input.dim() not in (1, 2):
             raise ValueError(f"input must be 2-D, [B, I], or 1-D, [I], got {input.dim()}-D {list(input.shape)}")

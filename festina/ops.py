@@ -8,7 +8,7 @@ One operator call is one layer over time, every direction. `recurrence` is what 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from festina.backends.eager import gradients
 from festina.packing import sort_rows
 from festina.reference import Call
 from festina.spec import LayerSpec
+
+if TYPE_CHECKING:
+    from festina.module import RecurrentBase
 
 Arguments = tuple[Any, ...]
 """A call as the operators take it: the order of `_CALL`."""
@@ -230,16 +233,18 @@ def run(call: Call) -> backends.Outputs:
     return backends.get(backends.select(backends.Case.of(call), backends.forced())).forward(call)
 
 
-def run_step(step: backends.Step) -> list[Tensor] | None:
+def run_step(cell: RecurrentBase, input: Tensor, hx: Any) -> Any:
     """One step of a cell by a backend's shorter way, where there is one and nobody follows; else None, with nothing done.
 
-    Nothing need be checked before: where something does not fit the answer is None, and `run` tells why.
+    Nothing need be checked before: where something does not fit the answer is None, and the longer way tells why.
     """
-    if torch.is_grad_enabled() or _is_watched((step.input, *step.state)):
+    is_random = cell.training and (cell.zoneout or cell.zoneout_cell or cell.dropconnect)
+    state = hx if isinstance(hx, tuple) and len(hx) > 1 else (hx,)
+    if torch.is_grad_enabled() or is_random or _is_watched((input, *state)):
         return None
     for backend in backends.steppers():
-        if (found := backend.step(step)) is not None:
-            return found
+        if (found := backend.step(cell, input, state)) is not None:
+            return tuple(found) if len(found) > 1 else found[0]
     return None
 
 

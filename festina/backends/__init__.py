@@ -73,22 +73,15 @@ class Backend(Protocol):
         """
 
 
-class Step(NamedTuple):
-    """One step of a cell, as the cell was called: nothing is checked, and states are `[B, P]` and `[B, H]`."""
-
-    layer: LayerSpec
-    parameters: Sequence[Tensor]
-    input: Tensor
-    state: Sequence[Tensor]
-    zoneout: float
-    zoneout_cell: float
-
-
 class Stepper(Backend, Protocol):
     """A backend that has a shorter way for cells, which are called so often that checks cost more than kernels."""
 
-    def step(self, step: Step) -> list[Tensor] | None:
-        """The new states, or None, with nothing done, where this way does not serve. Nobody follows or transforms the call."""
+    def step(self, cell: RecurrentBase, input: Tensor, state: Sequence[Tensor]) -> list[Tensor] | None:
+        """The new states, or None, with nothing done, where this way does not serve.
+
+        Tensors are as the cell was given them, unchecked: `[B, I]`, `[B, P]`, `[B, H]`. Nobody follows or transforms the
+        call, and no mask is to be drawn.
+        """
 
 
 ON_REQUEST = {"triton": "not yet measured on a device; backends.use('triton') asks for it"}

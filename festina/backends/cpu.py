@@ -7,16 +7,20 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from festina import backends
-from festina.backends import Case, Outputs, Step, core
+from festina.backends import Case, Outputs, core
 from festina.backends.pool import POOL
 from festina.reference import Call
 from festina.spec import LayerSpec
+
+if TYPE_CHECKING:
+    from festina.module import RecurrentBase
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 CELLS = ("lstm", "gru", "gru_joint", "indrnn", "indrnn_relu")
@@ -28,6 +32,7 @@ CACHE_LINE = 64
 MOST_THREADS = 256
 STALE = 2
 """What `festina_run_packed` returns where the parameters are no longer those that were packed."""
+_VERSION = attrgetter("_version")
 WORK_A_THREAD = 40_000
 """Multiplications; below, waking another thread takes longer than what it saves."""
 
@@ -197,7 +202,7 @@ class Ready:
     """A step that lacks only its tensors: a cell that is asked for one step after the other starts from here."""
 
     key: tuple[Any, ...]
-    shapes: list[torch.Size]
+    shapes: list[torch.Size]  # of the state
     args: core.FestinaCall
     address: int
     workspace: Tensor
@@ -208,8 +213,7 @@ class Packed:
     """Weights in the order of the kernels, and what tells whether they still are what the parameters hold."""
 
     parameters: list[weakref.ref[Tensor]]
-    ids: list[int]
-    marks: list[tuple[int, int]]
+    marks: list[Any]
     fingerprint: int
     sizes: Any
     buffer: Tensor
@@ -221,27 +225,25 @@ class Packed:
         return same
 
 
-def marks_of(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Version and address of each: `p.data = other` changes the address alone."""
-    return [(p._version, p.data_ptr()) for p in parameters]
+def marks_of(layer: LayerSpec, parameters: Sequence[Tensor]) -> list[Any]:
+    """What the packed weights follow from, as far as it is quickly told: `p.data = other` changes an address alone."""
+    return [layer, *map(id, parameters), *map(_VERSION, parameters), *map(Tensor.data_ptr, parameters)]
 
 
 class PackedCache:
     """Packed weights by their parameters, dropped with any of them.
 
-    A parameter counts as unchanged while it is the same object at the same address with the same version and the same
-    fingerprint. The fingerprint samples 32 values: it is there for writes through `.data`, which leave the version alone.
+    They serve the layer that they were packed for. A parameter counts as unchanged while it is the same object at the same
+    address with the same version and the same fingerprint. The fingerprint samples 32 values: it is there for writes through `.data`, which leave the version alone.
     """
 
     def __init__(self) -> None:
         self._found: dict[int, Packed] = {}
 
-    def find(self, parameters: Sequence[Tensor]) -> Packed | None:
+    def find(self, layer: LayerSpec, parameters: Sequence[Tensor]) -> Packed | None:
         """What was packed of these parameters; whether it `still_holds` is left to ask."""
         found = self._found.get(id(parameters[0]))
-        if found is None or found.ids != [*map(id, parameters)] or found.marks != marks_of(parameters):
-            return None
-        return found
+        return found if found is not None and found.marks == marks_of(layer, parameters) else None
 
     def put(self, call: Call, args: core.FestinaCall, buffer: Tensor) -> None:
         """Keep what was packed, unless no version or no address could tell when a parameter changes."""
@@ -251,13 +253,13 @@ class PackedCache:
         placed = dict(zip(slots(call.layer), (p.nbytes for p in parameters)))
         sizes = core.Sizes(*(placed.get(slot, 0) for slot in range(2 * len(core.PARAMETERS))))
         fingerprint = core.functions().festina_fingerprint(args, sizes)
-        ids = [*map(id, parameters)]
 
-        def drop(_: weakref.ref[Tensor], key: int = ids[0], found: dict[int, Packed] = self._found) -> None:
+        def drop(_: weakref.ref[Tensor], key: int = id(parameters[0]), found: dict[int, Packed] = self._found) -> None:
             found.pop(key, None)  # before another object is given the id
 
         refs = [weakref.ref(p, drop) for p in parameters]
-        self._found[ids[0]] = Packed(refs, ids, marks_of(parameters), fingerprint, sizes, buffer, [])
+        marks = marks_of(call.layer, parameters)
+        self._found[id(parameters[0])] = Packed(refs, marks, fingerprint, sizes, buffer, [])
 
 
 def short(dtype: torch.dtype) -> str:
@@ -291,7 +293,7 @@ class Cpu:
         at = Pointers()
         args, common = struct_of(call, core.INFERENCE, at)
         outputs = new_outputs(call, args)
-        found = self._packed.find(call.parameters)
+        found = self._packed.find(call.layer, call.parameters)
         args.is_packed = found is not None and found.still_holds(args)
         packed = found.buffer if found and args.is_packed else POOL.tensor(common.packed)
         args.packed = packed.data_ptr()
@@ -300,26 +302,25 @@ class Cpu:
             self._packed.put(call, args, packed)
         return outputs
 
-    def step(self, step: Step) -> list[Tensor] | None:
-        input, state = step.input, step.state
-        found = self._packed.find(step.parameters)
-        if found is None or not (input.is_cpu and input.is_contiguous()) or torch.is_autocast_enabled("cpu"):
+    def step(self, cell: RecurrentBase, input: Tensor, state: Sequence[Tensor]) -> list[Tensor] | None:
+        found = self._packed.find(cell.spec, cell.layer_parameters())
+        if found is None or not (input.is_cpu and input.is_contiguous()) or torch._C._is_any_autocast_enabled():
             return None
         dtype = input.dtype
-        key = (input.shape, dtype, step.zoneout, step.zoneout_cell, torch.get_num_threads(), backends.forced())
+        key = (input.shape, dtype, cell.zoneout, cell.zoneout_cell, torch.get_num_threads(), backends.forced())
         try:
             ready = found.ready.pop()  # whoever takes it has it alone, until it is put back
         except IndexError:
             ready = None
         if ready is None or ready.key != key:
-            ready = self._get_ready(step, key, found.buffer)
-        if ready is None:
+            ready = self._get_ready(cell, input, key, found.buffer)
+        if ready is None or len(state) != len(ready.shapes):
             return None
         for tensor, shape in zip(state, ready.shapes):
             if tensor.shape != shape or tensor.dtype != dtype or not (tensor.is_cpu and tensor.is_contiguous()):
                 return None
         args, (h_0, *c_0) = ready.args, state
-        outputs = [torch.empty_like(tensor) for tensor in state]
+        outputs = [*map(torch.empty_like, state)]
         args.input, args.h_0 = input.data_ptr(), h_0.data_ptr()
         args.output = args.h_n = outputs[0].data_ptr()  # the output of one step is the new h
         if c_0:
@@ -331,9 +332,11 @@ class Cpu:
         found.ready.append(ready)
         return outputs
 
-    def _get_ready(self, step: Step, key: tuple[Any, ...], packed: Tensor) -> Ready | None:
+    def _get_ready(self, cell: RecurrentBase, input: Tensor, key: tuple[Any, ...], packed: Tensor) -> Ready | None:
         """What steps of these sizes have in common; None for what is refused, or done by another backend."""
-        layer, parameters, input = step.layer, step.parameters, step.input
+        layer, parameters = cell.spec, cell.layer_parameters()
+        if input.dim() != 2:
+            return None
         B, I = input.shape
         weight = parameters[0]
         is_fit = B > 0 and weight.shape[1] == I and all(p.dtype == input.dtype and p.is_cpu for p in parameters)
@@ -342,11 +345,12 @@ class Cpu:
         H = weight.shape[0] // len(layer.cell.gates)
         P = parameters[layer.parameter_names.index("weight_hr")].shape[0] if layer.projected else H
         call = Call(layer, input, input.new_empty(1, B, P), None, tuple(parameters))
-        call.zoneout, call.zoneout_cell = step.zoneout, step.zoneout_cell
+        call.zoneout, call.zoneout_cell = cell.zoneout, cell.zoneout_cell
         args, common = struct_of(call, core.INFERENCE, Pointers())
         workspace = POOL.tensor(common.workspace)
         args.packed, args.is_packed, args.workspace = packed.data_ptr(), 1, workspace.data_ptr()
-        return Ready(key, [torch.Size((B, P)), torch.Size((B, H))], args, ctypes.addressof(args), workspace)
+        shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
+        return Ready(key, shapes, args, ctypes.addressof(args), workspace)
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         at = Pointers()
