@@ -242,7 +242,7 @@ def run_step(cell: RecurrentBase, input: Tensor, hx: Any) -> Any:
     state = hx if isinstance(hx, tuple) and len(hx) > 1 else (hx,)
     if torch.is_grad_enabled() or is_random or _is_watched((input, *state)):
         return None
-    for backend in backends.steppers():
+    for backend in backends.steppers(backends.forced()):
         if (found := backend.step(cell, input, state)) is not None:
             return tuple(found) if len(found) > 1 else found[0]
     return None

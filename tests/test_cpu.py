@@ -328,6 +328,14 @@ def test_packed_weights_serve_their_own_plan_alone():
         torch.testing.assert_close(got, want)
 
 
+def test_weights_without_a_version_are_packed_anew():
+    with torch.inference_mode():
+        cell, x = festina.LayerNormGRUCell(5, 7), torch.randn(2, 5)
+        before = cell(x)
+        cell.weight_ih[3, 4] += 1
+        assert not torch.equal(before, cell(x))
+
+
 CELLS = [festina.LayerNormLSTMCell, festina.LayerNormGRUCell, festina.LayerNormIndRNNCell]
 
 
@@ -416,11 +424,17 @@ def test_steps_of_several_threads_do_not_meet():
 def test_packed_weights_go_with_their_parameters():
     call, _ = Case("lstm", norms.HASTE, T=2, B=3, H=9).build()
     CPU.forward(call)
-    key = id(call.parameters[0])
-    assert key in CPU._packed._found
+    first = id(call.parameters[0])
+    marks = CPU._packed._marks[first]
+    with torch.no_grad():
+        call.parameters[1].mul_(2)
+    CPU.forward(call)
+    assert marks not in CPU._packed._found, "one set of packed weights for one layer"
+    marks = CPU._packed._marks[first]
     del call
     gc.collect()
-    assert key not in CPU._packed._found
+    assert first not in CPU._packed._marks
+    assert marks not in CPU._packed._found
 
 
 def test_one_openmp_serves_torch_and_the_core():

@@ -102,9 +102,10 @@ def registry() -> dict[str, Backend]:
 
 
 @cache
-def steppers() -> tuple[Stepper, ...]:
-    """The backends with a shorter way for one step, best first."""
-    return tuple(backend for backend in registry().values() if hasattr(backend, "step"))  # type: ignore[misc]
+def steppers(force: str = "") -> tuple[Stepper, ...]:
+    """The backends with a shorter way for one step, best first; or `force` alone, if it has one."""
+    asked = [backend for backend in registry().values() if force in ("", backend.name)]
+    return tuple(backend for backend in asked if hasattr(backend, "step"))  # type: ignore[misc]
 
 
 def names() -> tuple[str, ...]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -197,14 +197,13 @@ def new_outputs(call: Call, args: core.FestinaCall) -> Outputs:
     return output, h_n, c_n
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(NamedTuple):
     """A step that lacks only its tensors: a cell that is asked for one step after the other starts from here."""
 
     key: tuple[Any, ...]
     shapes: list[torch.Size]  # of the state
     args: core.FestinaCall
-    address: int
+    run: Callable[[], int]
     workspace: Tensor
 
 
@@ -213,7 +212,6 @@ class Packed:
     """Weights in the order of the kernels, and what tells whether they still are what the parameters hold."""
 
     parameters: list[weakref.ref[Tensor]]
-    marks: list[Any]
     fingerprint: int
     sizes: Any
     buffer: Tensor
@@ -225,41 +223,47 @@ class Packed:
         return same
 
 
-def marks_of(layer: LayerSpec, parameters: Sequence[Tensor]) -> list[Any]:
-    """What the packed weights follow from, as far as it is quickly told: `p.data = other` changes an address alone."""
-    return [layer, *map(id, parameters), *map(_VERSION, parameters), *map(Tensor.data_ptr, parameters)]
+def marks_of(layer: LayerSpec, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What packed weights follow from, as far as it is quickly told; nothing where no version could tell of a change.
+
+    `p.data = other` changes an address alone.
+    """
+    try:
+        return (layer.token, *map(id, parameters), *map(_VERSION, parameters), *map(Tensor.data_ptr, parameters))
+    except RuntimeError:  # tensors made in inference mode have no version
+        return ()
 
 
 class PackedCache:
-    """Packed weights by their parameters, dropped with any of them.
+    """Packed weights by their `marks_of`, one set for the parameters of a layer, dropped with any of them.
 
-    They serve the layer that they were packed for. A parameter counts as unchanged while it is the same object at the same
-    address with the same version and the same fingerprint. The fingerprint samples 32 values: it is there for writes through `.data`, which leave the version alone.
+    A parameter counts as unchanged while it is the same object at the same address with the same version and the same
+    fingerprint, for the same layer. The fingerprint samples 32 values: it is there for writes through `.data`, which leave
+    the version alone.
     """
 
     def __init__(self) -> None:
-        self._found: dict[int, Packed] = {}
-
-    def find(self, layer: LayerSpec, parameters: Sequence[Tensor]) -> Packed | None:
-        """What was packed of these parameters; whether it `still_holds` is left to ask."""
-        found = self._found.get(id(parameters[0]))
-        return found if found is not None and found.marks == marks_of(layer, parameters) else None
+        self._found: dict[tuple[Any, ...], Packed] = {}
+        self._marks: dict[int, tuple[Any, ...]] = {}
+        self.find = self._found.get
+        """What was packed under these marks, or None; whether it `still_holds` is left to ask."""
 
     def put(self, call: Call, args: core.FestinaCall, buffer: Tensor) -> None:
         """Keep what was packed, unless no version or no address could tell when a parameter changes."""
-        parameters = call.parameters
-        if any(p.is_inference() or not p.is_contiguous() for p in parameters):
+        parameters, found, latest = call.parameters, self._found, self._marks
+        marks, first = marks_of(call.layer, parameters), id(parameters[0])
+        if not marks or not all(p.is_contiguous() for p in parameters):
             return
         placed = dict(zip(slots(call.layer), (p.nbytes for p in parameters)))
         sizes = core.Sizes(*(placed.get(slot, 0) for slot in range(2 * len(core.PARAMETERS))))
         fingerprint = core.functions().festina_fingerprint(args, sizes)
 
-        def drop(_: weakref.ref[Tensor], key: int = id(parameters[0]), found: dict[int, Packed] = self._found) -> None:
-            found.pop(key, None)  # before another object is given the id
+        def drop(_: Any = None) -> None:
+            found.pop(latest.pop(first, ()), None)
 
-        refs = [weakref.ref(p, drop) for p in parameters]
-        marks = marks_of(call.layer, parameters)
-        self._found[id(parameters[0])] = Packed(refs, marks, fingerprint, sizes, buffer, [])
+        drop()
+        refs = [weakref.ref(p, drop) for p in parameters]  # dropped before another object is given the id
+        found[marks], latest[first] = Packed(refs, fingerprint, sizes, buffer, []), marks
 
 
 def short(dtype: torch.dtype) -> str:
@@ -293,7 +297,7 @@ class Cpu:
         at = Pointers()
         args, common = struct_of(call, core.INFERENCE, at)
         outputs = new_outputs(call, args)
-        found = self._packed.find(call.layer, call.parameters)
+        found = self._packed.find(marks_of(call.layer, call.parameters))
         args.is_packed = found is not None and found.still_holds(args)
         packed = found.buffer if found and args.is_packed else POOL.tensor(common.packed)
         args.packed = packed.data_ptr()
@@ -303,17 +307,17 @@ class Cpu:
         return outputs
 
     def step(self, cell: RecurrentBase, input: Tensor, state: Sequence[Tensor]) -> list[Tensor] | None:
-        found = self._packed.find(cell.spec, cell.layer_parameters())
+        found = self._packed.find(marks_of(cell.spec, cell.layer_parameters()))
         if found is None or not (input.is_cpu and input.is_contiguous()) or torch._C._is_any_autocast_enabled():
             return None
         dtype = input.dtype
-        key = (input.shape, dtype, cell.zoneout, cell.zoneout_cell, torch.get_num_threads(), backends.forced())
+        key = (input.shape, dtype, cell.zoneout, cell.zoneout_cell, torch.get_num_threads())
         try:
             ready = found.ready.pop()  # whoever takes it has it alone, until it is put back
         except IndexError:
             ready = None
         if ready is None or ready.key != key:
-            ready = self._get_ready(cell, input, key, found.buffer)
+            ready = self._get_ready(cell, input, key, found)
         if ready is None or len(state) != len(ready.shapes):
             return None
         for tensor, shape in zip(state, ready.shapes):
@@ -325,14 +329,14 @@ class Cpu:
         args.output = args.h_n = outputs[0].data_ptr()  # the output of one step is the new h
         if c_0:
             args.c_0, args.c_n = c_0[0].data_ptr(), outputs[1].data_ptr()
-        status = core.functions().festina_run_packed(ready.address, ctypes.addressof(found.sizes), found.fingerprint)
-        if status == STALE:
+        if status := ready.run():
+            if status != STALE:
+                core.check(status)
             return None
-        core.check(status)
         found.ready.append(ready)
         return outputs
 
-    def _get_ready(self, cell: RecurrentBase, input: Tensor, key: tuple[Any, ...], packed: Tensor) -> Ready | None:
+    def _get_ready(self, cell: RecurrentBase, input: Tensor, key: tuple[Any, ...], found: Packed) -> Ready | None:
         """What steps of these sizes have in common; None for what is refused, or done by another backend."""
         layer, parameters = cell.spec, cell.layer_parameters()
         if input.dim() != 2:
@@ -340,7 +344,7 @@ class Cpu:
         B, I = input.shape
         weight = parameters[0]
         is_fit = B > 0 and weight.shape[1] == I and all(p.dtype == input.dtype and p.is_cpu for p in parameters)
-        if not is_fit or backends.select(Case(layer, input.dtype, "cpu"), backends.forced()) != self.name:
+        if not is_fit or backends.select(Case(layer, input.dtype, "cpu")) != self.name:
             return None
         H = weight.shape[0] // len(layer.cell.gates)
         P = parameters[layer.parameter_names.index("weight_hr")].shape[0] if layer.projected else H
@@ -348,9 +352,13 @@ class Cpu:
         call.zoneout, call.zoneout_cell = cell.zoneout, cell.zoneout_cell
         args, common = struct_of(call, core.INFERENCE, Pointers())
         workspace = POOL.tensor(common.workspace)
-        args.packed, args.is_packed, args.workspace = packed.data_ptr(), 1, workspace.data_ptr()
+        args.packed, args.is_packed, args.workspace = found.buffer.data_ptr(), 1, workspace.data_ptr()
         shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
-        return Ready(key, shapes, args, ctypes.addressof(args), workspace)
+        run = partial(
+            core.functions().festina_run_packed,
+            *(ctypes.addressof(args), ctypes.addressof(found.sizes), found.fingerprint),
+        )
+        return Ready(key, shapes, args, run, workspace)
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         at = Pointers()
