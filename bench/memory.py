@@ -1,6 +1,7 @@
 """How much memory a training step takes at its peak: the process's resident memory, beside torch.nn's layer.
 
   python bench/memory.py --batch 64 --hidden 512
+  python bench/memory.py --layers 4                  where checkpointing layer by layer pays
 
 Every contestant has a process of its own. What counts is how far the peak of two steps of forward and backward lies above
 what the process held with layer, input and gradients' targets in place; the second step finds what the first gave back.
@@ -12,7 +13,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 CONTESTANTS = ("torch.nn.LSTM", "festina.LayerNormLSTM", "festina.LayerNormLSTM, checkpointed")
@@ -24,7 +24,7 @@ def resident(field: str) -> int:
     return int(next(line.split()[1] for line in lines if line.startswith(field))) << 10
 
 
-def peak(contestant: str, T: int, B: int, I: int, H: int) -> int:
+def peak(contestant: str, T: int, B: int, I: int, H: int, L: int) -> int:
     """Bytes at the peak of two training steps above what was there before."""
     import torch
     from torch.utils.checkpoint import checkpoint
@@ -32,13 +32,18 @@ def peak(contestant: str, T: int, B: int, I: int, H: int) -> int:
     import festina
 
     torch.set_num_threads(2)
-    layer = torch.nn.LSTM(I, H) if contestant.startswith("torch") else festina.LayerNormLSTM(I, H)
+    kind = torch.nn.LSTM if contestant.startswith("torch") else festina.LayerNormLSTM
+    layers = [kind(H if l else I, H) for l in range(L)]
     x, cotangent = torch.randn(T, B, I, requires_grad=True), torch.randn(T, B, H)
-    run: Callable[[torch.Tensor], torch.Tensor] = lambda x: layer(x)[0]  # noqa: E731
-    if contestant.endswith("checkpointed"):
-        run = lambda x: checkpoint(layer, x, use_reentrant=False)[0]  # noqa: E731
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            x = (checkpoint(layer, x, use_reentrant=False) if contestant.endswith("checkpointed") else layer(x))[0]
+        return x
+
     small = torch.randn(2, 1, I, requires_grad=True)
-    run(small).sum().backward()  # threads, libraries and gradients are there
+    warm = run(small)
+    warm.backward(torch.ones_like(warm))  # threads, gradients, and what torch imports at the first such call are there
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = resident("VmRSS")
     for _ in range(2):
@@ -48,20 +53,20 @@ def peak(contestant: str, T: int, B: int, I: int, H: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, size in (("steps", 50), ("batch", 64), ("input", 256), ("hidden", 512)):
+    for name, size in (("steps", 50), ("batch", 64), ("input", 256), ("hidden", 512), ("layers", 1)):
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument(
         "--contestant", choices=CONTESTANTS, help="measure this one here (the others start such processes)"
     )
     args = parser.parse_args()
-    sizes = (args.steps, args.batch, args.input, args.hidden)
+    sizes = (args.steps, args.batch, args.input, args.hidden, args.layers)
     if args.contestant:
         print(peak(args.contestant, *sizes))
         return
     for contestant in CONTESTANTS:
         command = [sys.executable, __file__, *sys.argv[1:], "--contestant", contestant]
         got = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(json.dumps({"contestant": contestant, **dict(zip("TBIH", sizes)), "peak_mib": round(got / 2**20, 1)}))
+        print(json.dumps({"contestant": contestant, **dict(zip("TBIHL", sizes)), "peak_mib": round(got / 2**20, 1)}))
 
 
 if __name__ == "__main__":

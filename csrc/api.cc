@@ -75,7 +75,7 @@ void* festina_allocate(uint64_t bytes) {
   uint64_t unit = bytes < huge_page ? 64 : huge_page;
   void* memory = aligned_alloc(unit, (bytes + unit - 1) / unit * unit);
 #ifdef MADV_HUGEPAGE
-  if (memory && unit == huge_page) madvise(memory, (bytes + unit - 1) / unit * unit, MADV_HUGEPAGE);
+  if (memory && unit == huge_page) madvise(memory, bytes / unit * unit, MADV_HUGEPAGE);  // not the last, half empty one
 #endif
   return memory;
 }

@@ -36,7 +36,7 @@ typedef struct {
   const void *input, *h_0, *c_0;                            /* [N, I], [D, B, P], [D, B, H] */
   const void* parameters[2][FESTINA_PARAMETERS];
   void *output, *h_n, *c_n; /* [N, D * P], [D, B, P], [D, B, H]; backward reads output */
-  void* packed;             /* weights in the order of the kernels */
+  void* packed;             /* weights in the order of the pass's kernels */
   int64_t is_packed;        /* packed is filled from an earlier call with the same parameters */
   void* saved;              /* written by training, read by backward */
   void* workspace;

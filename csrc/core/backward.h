@@ -38,13 +38,15 @@ template <class T> bool is_summed_in_place(const FestinaCall& call, long columns
   return call.type != FESTINA_BFLOAT16 && columns % chunk<T> == 0;
 }
 
-template <class T> BackwardBuffers<T> take_backward(Arena& arena, Arena& saved, const Shape& s, const FestinaCall& call, long d) {
+template <class T>
+BackwardBuffers<T> take_backward(Arena& arena, Arena& packed, Arena& saved, const Shape& s, const FestinaCall& call, long d) {
   BackwardBuffers<T> b{};
-  b.vectors = take_vectors<T>(arena, s);
+  b.vectors = take_vectors<T>(packed, s);
   b.saved = take_saved<T>(saved, s, call.has_zoneout_cell);
   long depth = s.columns() * chunk<T>;
-  if (!s.traits.is_diagonal) b.recurrent = arena.take<T>(s.width * s.depth(depth) * chunk<T>);
-  b.input = arena.take<T>(s.inputs * s.depth(depth) * chunk<T>);
+  if (!s.traits.is_diagonal) b.recurrent = packed.take<T>(s.width * s.depth(depth) * chunk<T>);
+  b.input = packed.take<T>(s.inputs * s.depth(depth) * chunk<T>);
+  if (s.is_projected) b.projection = packed.take<T>(s.units * s.width * chunk<T> * chunk<T>);
   long slots = s.stretch_slots();
   for (int side = 0; side < s.traits.sides; ++side) {
     b.d_v[side] = arena.take_blocked<T>(s.columns(), slots);
@@ -55,7 +57,6 @@ template <class T> BackwardBuffers<T> take_backward(Arena& arena, Arena& saved, 
   b.token_of = arena.take<long>(slots);
   b.d_h = arena.take_blocked<T>(s.width, s.B), b.d_h_new = arena.take_blocked<T>(s.units, s.B);
   if (s.is_projected) {
-    b.projection = arena.take<T>(s.units * s.width * chunk<T> * chunk<T>);
     b.d_h_projected = arena.take_blocked<T>(s.width, slots);
     b.unprojected = arena.take_blocked<T>(s.units, slots);
   }

@@ -25,7 +25,7 @@ template <class T> struct Core {
     published = take_published<T>(work, s);
     for (long d = 0; d < s.directions; ++d) {
       if (call.pass == FESTINA_BACKWARD)
-        backward[d] = take_backward<T>(work, saved, s, call, d);
+        backward[d] = take_backward<T>(work, packed, saved, s, call, d);
       else
         forward[d] = take_forward<T>(work, packed, saved, s, call);
     }

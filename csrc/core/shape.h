@@ -46,7 +46,7 @@ constexpr long projected_rows = 128;     // steps are projected just before the 
 constexpr long rows_a_group = 32;        // fewer rows a thread: threads share rows and split the units
 constexpr long weights_a_thread = 3 << 19;  // bytes of recurrent weights: for each so many, one thread more shares the rows
 constexpr long gradient_rows = 96;       // so many rows of a weight's gradient, or of the input's, are one task
-constexpr long stretch_rows = 1024;      // backward: so many rows of a group, or fewer, until gradients are summed over them
+constexpr long stretch_rows = 512;       // backward: so many rows of a group, or fewer, until gradients are summed over them
 
 // What a cell and its plan ask of the buffers. `side` 0 is the product with x, 1 the product with h.
 struct Traits {

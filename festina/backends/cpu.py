@@ -177,14 +177,17 @@ def bytes_of(args: core.FestinaCall) -> core.FestinaBytes:
     return need
 
 
-def carry_out(args: core.FestinaCall, workspace: int) -> None:
-    """Run the core in a borrowed workspace."""
-    address, size = POOL.take(workspace)
+def carry_out(args: core.FestinaCall, **sizes: int) -> None:
+    """Run the core; the struct's buffers of these names and sizes are borrowed for the call."""
+    borrowed = []
     try:
-        args.workspace = address
+        for name, size in sizes.items():
+            borrowed.append(POOL.take(size))
+            setattr(args, name, borrowed[-1][0])
         core.check(core.functions().festina_run(ctypes.addressof(args)))
     finally:
-        POOL.give(address, size)
+        for buffer in borrowed:
+            POOL.give(*buffer)
 
 
 def new_outputs(call: Call, args: core.FestinaCall) -> Outputs:
@@ -301,7 +304,7 @@ class Cpu:
         args.is_packed = found is not None and found.still_holds(args)
         packed = found.buffer if found and args.is_packed else POOL.tensor(common.packed)
         args.packed = packed.data_ptr()
-        carry_out(args, common.workspace)
+        carry_out(args, workspace=common.workspace)
         if not args.is_packed:
             self._packed.put(call, args, packed)
         return outputs
@@ -364,9 +367,9 @@ class Cpu:
         at = Pointers()
         args, common = struct_of(call, core.TRAINING, at)
         outputs = new_outputs(call, args)
-        packed, saved = POOL.tensor(common.packed), POOL.tensor(common.saved)
-        args.packed, args.saved = packed.data_ptr(), saved.data_ptr()
-        carry_out(args, common.workspace)
+        saved = POOL.tensor(common.saved)
+        args.saved = saved.data_ptr()
+        carry_out(args, workspace=common.workspace, packed=common.packed)
         return outputs, [saved]
 
     def saved_like(self, call: Call) -> list[Tensor]:
@@ -393,7 +396,8 @@ class Cpu:
             args.d_c_0 = rest.pop(0)
         for slot, gradient in zip(slots(call.layer), rest, strict=True):
             args.d_parameters[slot] = gradient
-        carry_out(args, bytes_of(args).workspace)
+        need = bytes_of(args)
+        carry_out(args, workspace=need.workspace, packed=need.packed)
         return gradients
 
 
