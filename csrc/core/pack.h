@@ -13,24 +13,29 @@ template <class T> struct Weight {
   T* means;  // [groups, columns], or null
 };
 
-// Means over the rows of each group for columns [first, end).
-template <class T> void column_means(const Shape& s, const Weight<T>& w, long first, long end) {
-  for (int group = 0; group < s.groups; ++group) {
-    T* mean = w.means + group * w.columns;
-    for (long k = first; k < end; ++k) mean[k] = 0;
-    for (int g = 0; g < s.traits.gates; ++g) {
-      if (s.group_of[g] != group) continue;
-      for (long row = g * s.H; row < (g + 1) * s.H; ++row) {
-        if (w.tensor.is_bfloat16) {
-          for (long k = first; k < end; ++k) mean[k] += w.tensor.get(row * w.columns + k);
-        } else {
-          const T* from = (const T*)w.tensor.data + row * w.columns;
-          for (long k = first; k < end; ++k) mean[k] += from[k];
-        }
-      }
+// Sums over rows [first, end) of each group: [groups, columns]. Memory is read from end to end.
+template <class T> void sum_rows(const Shape& s, const Weight<T>& w, long first, long end, T* sums) {
+  for (long i = 0; i < s.groups * w.columns; ++i) sums[i] = 0;
+  for (long row = first; row < end; ++row) {
+    T* sum = sums + s.group_of[row / w.H] * w.columns;
+    if (w.tensor.is_bfloat16) {
+      for (long k = 0; k < w.columns; ++k) sum[k] += w.tensor.get(row * w.columns + k);
+    } else {
+      const T* from = (const T*)w.tensor.data + row * w.columns;
+      for (long k = 0; k < w.columns; ++k) sum[k] += from[k];
     }
-    for (long k = first; k < end; ++k) mean[k] /= (T)s.group_size[group];
   }
+}
+
+// Means of columns [first, end) from the sums of `workers` threads, which lie `step` apart.
+template <class T>
+void column_means(const Shape& s, const Weight<T>& w, const T* sums, long step, long workers, long first, long end) {
+  for (int group = 0; group < s.groups; ++group)
+    for (long k = first; k < end; ++k) {
+      T total = 0;
+      for (long worker = 0; worker < workers; ++worker) total += sums[worker * step + group * w.columns + k];
+      w.means[group * w.columns + k] = total / (T)s.group_size[group];
+    }
 }
 
 // Columns [first, first + count) of one row of a weight, less their means; zero where there is no such row or column.
@@ -56,6 +61,20 @@ template <class T> INLINE void put(T* panel, bool is_paired, long k, int column,
     panel[k * chunk<T> + column] = x;
 }
 
+// A square of chunks turned, square by square of what the registers hold.
+template <class T> void transpose_block(const T* from, T* to) {
+  constexpr int C = chunk<T>, L = lanes<T>;
+  for (int row = 0; row < C; row += L)
+    for (int column = 0; column < C; column += L) {
+      Vec<T> square[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) square[i] = load(from + (row + i) * C + column);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) store(to + (column + i) * C + row, square[i]);
+    }
+}
+
 // A chunk of the rows of a weight, as columns of a panel: [k][row within the chunk].
 template <class T> void pack_transposed(const Shape& s, const Weight<T>& w, bool is_paired, long gate, long unit, T* to) {
   constexpr int C = chunk<T>;
@@ -65,6 +84,10 @@ template <class T> void pack_transposed(const Shape& s, const Weight<T>& w, bool
     for (int l = 0; l < C; ++l) {
       long j = unit * C + l;
       centred_row(w, j < w.H ? gate * w.H + j : -1, means_of(s, w, gate), k, count, block[l]);
+    }
+    if (!is_paired && count == C) {
+      transpose_block(block[0], to + k * C);
+      continue;
     }
     if (is_paired) count = (count + 1) / 2 * 2;  // past the last column there are zeros
     for (long i = 0; i < count; ++i)

@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include <utility>
+
 #define INLINE inline __attribute__((always_inline))
 
 namespace ISA {
@@ -131,6 +133,31 @@ template <class T> INLINE Twin<T> where_at_most(Twin<T> a, T bound, Twin<T> yes,
   return {where_at_most(a.low, bound, yes.low, no.low), where_at_most(a.high, bound, yes.high, no.high)};
 }
 template <class T> INLINE Twin<T> clamp(Twin<T> x, T low, T high) { return {clamp(x.low, low, high), clamp(x.high, low, high)}; }
+
+// Two rows of a square, `apart` from one another, after the blocks of so many columns off the diagonal have changed places.
+template <int apart, class T, int... lane>
+INLINE void exchange(Vec<T>& upper, Vec<T>& lower, std::integer_sequence<int, lane...>) {
+  constexpr int n = lanes<T>;
+#if defined(__clang__)
+  Vec<T> up{__builtin_shufflevector(upper.v, lower.v, (lane & apart ? n + lane - apart : lane)...)};
+  Vec<T> low{__builtin_shufflevector(upper.v, lower.v, (lane & apart ? n + lane : lane + apart)...)};
+#else
+  using Bits = typename Raw<T>::bits;
+  Vec<T> up{__builtin_shuffle(upper.v, lower.v, Bits{(lane & apart ? n + lane - apart : lane)...})};
+  Vec<T> low{__builtin_shuffle(upper.v, lower.v, Bits{(lane & apart ? n + lane : lane + apart)...})};
+#endif
+  upper = up, lower = low;
+}
+
+// Turns a square of rows into its columns: blocks of one, two, four ... columns change places.
+template <int apart = 1, class T> INLINE void transpose(Vec<T>* rows) {
+  if constexpr (apart < lanes<T>) {
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes<T>; ++r)
+      if (!(r & apart)) exchange<apart>(rows[r], rows[r + apart], std::make_integer_sequence<int, lanes<T>>{});
+    transpose<2 * apart>(rows);
+  }
+}
 
 template <class T> INLINE T sum(Vec<T> x) {
   T total = x.v[0];

@@ -1,5 +1,5 @@
-// Sigmoid and tanh in ulps, not-a-number through both, and products of every tail: one program for each instruction set,
-// run by tests/test_cpu.py. Prints what failed; exits with the number of failures.
+// Sigmoid and tanh in ulps, not-a-number through both, products of every tail, squares transposed: one program for each
+// instruction set, run by tests/test_cpu.py. Prints what failed; exits with the number of failures.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,7 +10,7 @@
 #include VECTOR_HEADER
 #include "../core/gemm.h"
 #include "../core/math.h"
-#include "../core/rows.h"
+#include "../core/pack.h"
 
 namespace ISA {
 
@@ -137,7 +137,21 @@ void check_all_pairs() {
 void check_all_pairs() {}
 #endif
 
+template <class T> void check_transposition() {
+  constexpr int C = chunk<T>;
+  T from[C * C], to[C * C];
+  for (int i = 0; i < C * C; ++i) from[i] = (T)i;
+  transpose_block(from, to);
+  for (int i = 0; i < C * C; ++i)
+    if (to[i] != from[i % C * C + i / C]) {
+      printf("transposed<%zu>: %d is %g\n", sizeof(T), i, (double)to[i]), ++failures;
+      break;
+    }
+}
+
 int run() {
+  check_transposition<float>();
+  check_transposition<double>();
   check_all_pairs();
   check_functions<float>();
   check_functions<double>();
