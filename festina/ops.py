@@ -42,10 +42,10 @@ _library.define(
 )
 
 
-def arguments(call: Call) -> Arguments:
-    """`call` as the operators take it, under the backend that is forced now."""
+def arguments(call: Call, backend: str) -> Arguments:
+    """`call` as the operators take it; `backend` is the name of the one that is to carry it out, "" where any may."""
     return (
-        backends.forced(),
+        backend,
         call.layer.token,
         call.batch_sizes,
         call.resets,
@@ -59,11 +59,11 @@ def arguments(call: Call) -> Arguments:
     )
 
 
-def _parse(args: Arguments) -> tuple[backends.Backend, Call]:
-    """The backend and the call that `arguments` wrote down."""
-    backend, layer, batch_sizes, resets, mask, cell_mask, zoneout, zoneout_cell, input, state, parameters = args
+def _call(args: Arguments) -> Call:
+    """The call that `arguments` wrote down."""
+    _, layer, batch_sizes, resets, mask, cell_mask, zoneout, zoneout_cell, input, state, parameters = args
     h_0, *c_0 = state
-    call = Call(
+    return Call(
         LayerSpec.parse(layer),
         input,
         h_0,
@@ -76,7 +76,16 @@ def _parse(args: Arguments) -> tuple[backends.Backend, Call]:
         zoneout,
         zoneout_cell,
     )
-    return backends.get(backends.select(backends.Case.of(call), backend)), call
+
+
+def _backend(call: Call, force: str) -> backends.Backend:
+    return backends.get(backends.select(backends.Case.of(call), force))
+
+
+def _parse(args: Arguments) -> tuple[backends.Backend, Call]:
+    """The backend and the call of an operator's arguments."""
+    call = _call(args)
+    return _backend(call, args[0]), call
 
 
 def _listed(outputs: backends.Outputs) -> tuple[Tensor, list[Tensor]]:
@@ -140,17 +149,16 @@ class _Recurrence(torch.autograd.Function):
     """Autograd of `recurrence`. Nothing saved is ever overwritten, so backward runs as often as it is asked to."""
 
     @staticmethod
-    def forward(ctx: Any, options: Arguments, states: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`options` are the arguments before the tensors; `tensors` are input, `states` states, and the parameters."""
-        backend, call = _parse(_joined(options, states, tensors))
-        options = (backend.name, *options[1:])
+    def forward(ctx: Any, backend: backends.Backend, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`tensors` are those of the call, once more: autograd has to see them."""
+        args = arguments(call, backend.name)
         if _is_watched(tensors):
             with torch._C._AutoDispatchBelowAutograd():
-                output, state_n, saved = torch.ops.festina.recurrence_train(*_joined(options, states, tensors))
+                output, state_n, saved = torch.ops.festina.recurrence_train(*args)
         else:
             outputs, saved = backend.forward_train(call)
             output, state_n = _listed(outputs)
-        ctx.options, ctx.states = options, states
+        ctx.backend, ctx.options, ctx.states = backend, args[:-3], len(state_n)
         ctx.save_for_backward(*tensors, output, *state_n, *saved)
         ctx.set_materialize_grads(False)
         return (output, *state_n)
@@ -160,8 +168,8 @@ class _Recurrence(torch.autograd.Function):
         wanted: list[bool] = list(ctx.needs_input_grad[2:])
         all_saved = ctx.saved_tensors  # read once: activation checkpointing hands it out no second time
         tensors, kept = all_saved[: len(wanted)], all_saved[len(wanted) :]
-        args = _joined(ctx.options, ctx.states, tensors)
-        backend, call = _parse(args)
+        args = (*ctx.options, tensors[0], list(tensors[1 : 1 + ctx.states]), list(tensors[1 + ctx.states :]))
+        call = _call(args)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # create_graph=True: the reference can be differentiated again, kernels cannot
             # Views, so that a gradient stops at its own tensor where one input was computed from another.
@@ -175,7 +183,7 @@ class _Recurrence(torch.autograd.Function):
                     *args, output, state_n, saved, d_output, d_h_n, d_c_n, wanted
                 )
             else:
-                found = backend.backward(call, _outputs(output, state_n), saved, d_all, wanted)
+                found = ctx.backend.backward(call, _outputs(output, state_n), saved, d_all, wanted)
         return (None, None, *(gradient if want else None for gradient, want in zip(found, wanted, strict=True)))
 
     @staticmethod
@@ -184,11 +192,6 @@ class _Recurrence(torch.autograd.Function):
             "forward-mode differentiation (torch.autograd.forward_ad) does not go through festina's operators; "
             "torch.func.jvp and torch.func.jacfwd do"
         )
-
-
-def _joined(options: Arguments, states: int, tensors: Sequence[Tensor]) -> Arguments:
-    """The arguments of an operator from its options and the one row of tensors that autograd sees."""
-    return (*options, tensors[0], list(tensors[1 : 1 + states]), list(tensors[1 + states :]))
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -227,10 +230,9 @@ def run(call: Call) -> backends.Outputs:
                 f"call .to('{device}', {dtype}) on the whole layer"
             )
     if _is_watched(tensors):
-        return _outputs(*torch.ops.festina.recurrence(*arguments(call)))
-    if _is_recorded(tensors):
-        return _outputs(*_record(*arguments(call)))
-    return backends.get(backends.select(backends.Case.of(call), backends.forced())).forward(call)
+        return _outputs(*torch.ops.festina.recurrence(*arguments(call, backends.forced())))
+    backend = _backend(call, backends.forced())
+    return _outputs(*_record(backend, call)) if _is_recorded(tensors) else backend.forward(call)
 
 
 def run_step(cell: RecurrentBase, input: Tensor, hx: Any) -> Any:
@@ -253,17 +255,16 @@ def _is_recorded(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _record(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    """The operator as a node of autograd's graph."""
-    *options, input, state, parameters = args
-    output, *state_n = _Recurrence.apply(tuple(options), len(state), input, *state, *parameters)  # type: ignore[no-untyped-call]
+def _record(backend: backends.Backend, call: Call) -> tuple[Tensor, list[Tensor]]:
+    """The call as a node of autograd's graph."""
+    output, *state_n = _Recurrence.apply(backend, call, *call.tensors())  # type: ignore[no-untyped-call]
     return output, state_n
 
 
 def _recurrence_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:
     *_, input, state, parameters = args
     if _is_recorded((input, *state, *parameters)):
-        return _record(*args)
+        return _record(*_parse(args))
     with torch._C._AutoDispatchBelowAutograd():
         result: tuple[Tensor, list[Tensor]] = torch.ops.festina.recurrence(*args)
     return result

@@ -183,11 +183,22 @@ def test_what_avx512_does_otherwise_agrees_with_the_reference(tmp_path):
     agrees("wide", FESTINA_CORE=str(tmp_path))
 
 
-def test_an_instruction_set_that_cannot_be_used_is_refused():
+def refusal(**environment: str) -> str:
+    """Why there is no core, in a process with this environment."""
     code = "from festina.backends import core; print(core.library().reason)"
-    environment = {**os.environ, "FESTINA_ISA": "avx1024"}
+    environment = {**os.environ, **environment}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.startswith("FESTINA_ISA is avx1024, but this CPU runs: "), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_an_instruction_set_that_cannot_be_used_is_refused():
+    assert refusal(FESTINA_ISA="avx1024").startswith("FESTINA_ISA is avx1024, but this CPU runs: ")
+
+
+def test_a_library_of_another_version_is_refused(tmp_path):
+    (tmp_path / "empty.cc").write_text("")
+    compiled("-shared", str(tmp_path / "empty.cc"), "-o", str(tmp_path / core.LIBRARY))
+    assert "reinstall festina" in refusal(FESTINA_CORE=str(tmp_path))
 
 
 FLAGS = {"baseline": [], "avx2": ["-march=x86-64-v3"], "wide": ["-march=x86-64-v3", "-Wno-psabi"], "neon": []}
@@ -206,10 +217,7 @@ def test_functions_and_products_in_cpp(isa, tmp_path):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_long_sequences_are_as_exact_as_eager(cell):
     """In float32 the error of a long sequence is at most 1.5 times what eager float32 makes."""
-    call, cotangents = Case(cell, norms.HASTE, T=100, B=3, I=20, H=48).build()
-    want = evaluate(reference.run, widened(call), cotangents)
-    ours, name = worst(evaluate(run, call, cotangents), want)
-    eagers, _ = worst(evaluate(reference.run, call, cotangents), want)
+    ours, eagers, name = errors(Case(cell, norms.HASTE, T=100, B=3, I=20, H=48))
     assert ours <= 1.5 * max(eagers, 1e-6), f"{name}: {ours:.2e}, eager: {eagers:.2e}"
 
 

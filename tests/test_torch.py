@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_mod
 from torch.nn.utils import prune
 
 import festina
-from festina import ops, packing
+from festina import backends, ops, packing
 
 T, B, I, H = 6, 4, 3, 5
 F64: dict[str, Any] = {"dtype": torch.float64}
@@ -55,7 +55,7 @@ def sample_calls() -> dict[str, ops.Arguments]:
         call = layer._call(
             0, steps, list(state) if isinstance(state, tuple) else [state], packed.batch_sizes, packed.resets
         )
-        return ops.arguments(call)
+        return ops.arguments(call, backends.forced())
 
     lengths, resets = {"lengths": [3, 6, 0, 2]}, {"resets": torch.rand(T, B) < 0.3}
     return {

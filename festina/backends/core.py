@@ -100,8 +100,22 @@ def library() -> Library:
         return Library(None, reason)
     try:
         core = ctypes.CDLL(str(path))
+        declare(core)
     except OSError as error:
         return Library(None, f"the compiled core cannot be loaded: {error}")
+    except AttributeError as error:
+        return Library(None, f"the compiled core is of another version than this package: {error}; reinstall festina")
+    if core.festina_isa() is None:
+        return Library(None, core.festina_error().decode())
+    return Library(core, None)
+
+
+def declare(core: ctypes.CDLL) -> None:
+    """Tell ctypes what the functions take and return.
+
+    Raises:
+        AttributeError: the library lacks one.
+    """
     core.festina_bytes.argtypes = [POINTER(FestinaCall), POINTER(FestinaBytes)]
     core.festina_run.argtypes = [c_void_p]
     core.festina_run_packed.argtypes = [c_void_p, c_void_p, c_uint64]
@@ -110,9 +124,6 @@ def library() -> Library:
     core.festina_allocate.restype, core.festina_allocate.argtypes = c_void_p, [c_uint64]
     core.festina_free.restype, core.festina_free.argtypes = None, [c_void_p]
     core.festina_fingerprint.restype, core.festina_fingerprint.argtypes = c_uint64, [POINTER(FestinaCall), Sizes]
-    if core.festina_isa() is None:
-        return Library(None, core.festina_error().decode())
-    return Library(core, None)
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from operator import attrgetter
@@ -102,13 +102,14 @@ class Pointers:
     def __init__(self) -> None:
         self.kept: list[Tensor] = []
 
-    def __call__(self, tensor: Tensor | None) -> int | None:
-        if tensor is None:
-            return None
-        if not tensor.is_contiguous():
-            tensor = tensor.contiguous()
-            self.kept.append(tensor)
-        return tensor.data_ptr()
+    def __call__(self, tensors: Iterable[Tensor | None]) -> list[int | None]:
+        addresses: list[int | None] = []
+        for tensor in tensors:
+            if tensor is not None and not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+                self.kept.append(tensor)
+            addresses.append(None if tensor is None else tensor.data_ptr())
+        return addresses
 
 
 class Template(NamedTuple):
@@ -161,13 +162,12 @@ def struct_of(call: Call, which: int, at: Pointers) -> tuple[core.FestinaCall, T
     has = (has_zoneout(call.zoneout_mask, call.zoneout), has_zoneout(call.zoneout_cell_mask, call.zoneout_cell))
     common = template(layer, call.input.dtype, which, sizes, (call.zoneout, call.zoneout_cell, *has))
     args = core.FestinaCall.from_buffer_copy(common.struct)
-    args.input, args.h_0, args.c_0 = at(call.input), at(call.h_0), at(call.c_0)
-    for name in ("batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask"):
-        if (tensor := getattr(call, name)) is not None:
-            setattr(args, name, at(tensor))
+    args.batch_sizes, args.resets, args.zoneout_mask, args.zoneout_cell_mask, args.input, args.h_0, args.c_0 = at(
+        (batch, call.resets, call.zoneout_mask, call.zoneout_cell_mask, call.input, call.h_0, call.c_0)
+    )
     pointers = args.parameters
-    for slot, parameter in zip(slots(layer), call.parameters):
-        pointers[slot] = at(parameter)
+    for slot, address in zip(slots(layer), at(call.parameters)):
+        pointers[slot] = address
     return args, common
 
 
@@ -385,13 +385,13 @@ class Cpu:
     ) -> list[Tensor | None]:
         at = Pointers()
         args, _ = struct_of(call, core.BACKWARD, at)
-        args.output, args.saved = at(outputs[0]), at(saved[0])
-        args.d_output, args.d_h_n, args.d_c_n = (at(d) for d in (*d_outputs, None)[:3])
+        args.output, args.saved = at((outputs[0], saved[0]))
+        args.d_output, args.d_h_n, args.d_c_n = at((*d_outputs, None)[:3])
         gradients = [
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else None
             for tensor, want in zip(call.tensors(), wanted, strict=True)
         ]
-        args.d_input, args.d_h_0, *rest = map(at, gradients)
+        args.d_input, args.d_h_0, *rest = at(gradients)
         if call.c_0 is not None:
             args.d_c_0 = rest.pop(0)
         for slot, gradient in zip(slots(call.layer), rest, strict=True):
