@@ -24,6 +24,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,9 @@ def run(args: argparse.Namespace) -> int:
                 console.print(f"[red]{point}: not measured, it differs from the float64 reference: {wrong}[/red]")
                 continue
             for name in args.passes:
-                found = race(contestants(point, name, args.device, args.loop), args.seconds, args.device)
+                works = contestants(point, name, args.device, args.loop)
+                with torch.inference_mode(name in ("forward", "step")):
+                    found = race(works, args.seconds, args.device)
                 row = record(point, name, args.device, found, conditions)
                 table.add_row(*cells_of(row))
                 if args.out:
@@ -213,14 +216,6 @@ class Loop(nn.Module):
         return output.view(T, B, -1), h_n
 
 
-def _inference(layer: nn.Module, *arguments: Any) -> Work:
-    def work() -> None:
-        with torch.inference_mode():
-            layer(*arguments)
-
-    return work
-
-
 def _training(layer: nn.Module, x: Tensor, **options: Any) -> Work:
     x = x.detach().requires_grad_()
     cotangent = torch.randn_like(layer(x, **options)[0])
@@ -228,7 +223,7 @@ def _training(layer: nn.Module, x: Tensor, **options: Any) -> Work:
 
 
 def _forward(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
-    return {"festina": _inference(layer, x), "torch.nn": _inference(peer, x)}
+    return {"festina": partial(layer, x), "torch.nn": partial(peer, x)}
 
 
 def _forward_backward(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
@@ -268,7 +263,7 @@ def _step(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[st
     h = x.new_zeros(point.B, point.H)
     state = (h, h.clone()) if isinstance(beside, nn.LSTMCell) else h
     cell = layer.cell()  # type: ignore[operator]
-    return {"festina": _inference(cell, x[0], state), "torch.nn": _inference(beside, x[0], state)}
+    return {"festina": partial(cell, x[0], state), "torch.nn": partial(beside, x[0], state)}
 
 
 PASSES: dict[str, Callable[[Point, nn.Module, nn.Module, Tensor], dict[str, Work]]] = {
@@ -280,7 +275,7 @@ PASSES: dict[str, Callable[[Point, nn.Module, nn.Module, Tensor], dict[str, Work
 }
 
 
-LOOPED: dict[str, Callable[[nn.Module, Tensor], Work]] = {"forward": _inference, "forward+backward": _training}
+LOOPED: dict[str, Callable[[nn.Module, Tensor], Work]] = {"forward": partial, "forward+backward": _training}
 """The passes that a Python loop can join."""
 
 
