@@ -10,7 +10,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-#define FESTINA_VERSION 2
+#define FESTINA_VERSION 3
 
 enum FestinaPass { FESTINA_INFERENCE, FESTINA_TRAINING, FESTINA_BACKWARD };
 enum FestinaType { FESTINA_FLOAT32, FESTINA_FLOAT64, FESTINA_BFLOAT16 };
@@ -37,7 +37,7 @@ typedef struct {
   const void* parameters[2][FESTINA_PARAMETERS];
   void *output, *h_n, *c_n; /* [N, D * P], [D, B, P], [D, B, H]; backward reads output */
   void* packed;             /* weights in the order of the pass's kernels */
-  int64_t is_packed;        /* packed is filled from an earlier call with the same parameters */
+  int64_t is_packed;        /* inference: packed is filled from an earlier call with the same parameters */
   void* saved;              /* written by training, read by backward */
   void* workspace;
   const void *d_output, *d_h_n, *d_c_n;

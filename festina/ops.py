@@ -158,8 +158,9 @@ class _Recurrence(torch.autograd.Function):
         else:
             outputs, saved = backend.forward_train(call)
             output, state_n = _listed(outputs)
-        ctx.backend, ctx.options, ctx.states = backend, args[:-3], len(state_n)
-        ctx.save_for_backward(*tensors, output, *state_n, *saved)
+        name, token, *masks = args[:6]
+        ctx.backend, ctx.options, ctx.states = backend, (name, token, *args[6:8]), len(state_n)
+        ctx.save_for_backward(*masks, *tensors, output, *state_n, *saved)
         ctx.set_materialize_grads(False)
         return (output, *state_n)
 
@@ -167,8 +168,17 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted: list[bool] = list(ctx.needs_input_grad[2:])
         all_saved = ctx.saved_tensors  # read once: activation checkpointing hands it out no second time
-        tensors, kept = all_saved[: len(wanted)], all_saved[len(wanted) :]
-        args = (*ctx.options, tensors[0], list(tensors[1 : 1 + ctx.states]), list(tensors[1 + ctx.states :]))
+        masks, tensors, kept = all_saved[:4], all_saved[4 : 4 + len(wanted)], all_saved[4 + len(wanted) :]
+        name, token, *rates = ctx.options
+        args = (
+            name,
+            token,
+            *masks,
+            *rates,
+            tensors[0],
+            list(tensors[1 : 1 + ctx.states]),
+            list(tensors[1 + ctx.states :]),
+        )
         call = _call(args)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # create_graph=True: the reference can be differentiated again, kernels cannot
@@ -178,7 +188,7 @@ class _Recurrence(torch.autograd.Function):
         else:
             output, state_n, saved = kept[0], list(kept[1 : 1 + ctx.states]), list(kept[1 + ctx.states :])
             d_output, d_h_n, d_c_n = d_all = (*d_outputs, None)[:3]
-            if _is_watched((*all_saved, *(d for d in d_outputs if d is not None))):
+            if _is_watched([t for t in (*tensors, *kept, *masks, *d_outputs) if t is not None]):
                 found = torch.ops.festina.recurrence_backward(
                     *args, output, state_n, saved, d_output, d_h_n, d_c_n, wanted
                 )

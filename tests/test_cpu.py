@@ -336,6 +336,18 @@ def test_packed_weights_serve_their_own_plan_alone():
         torch.testing.assert_close(got, want)
 
 
+def test_a_turned_weight_is_packed_anew():
+    """`p.data = p.data.t()` of a square matrix changes neither object, version nor address."""
+    cell, x, h = festina.IndRNNCell(8, 8), torch.randn(2, 8), torch.randn(2, 8)
+    with torch.no_grad():
+        cell(x, h)
+        cell.weight_ih.data = cell.weight_ih.data.t()
+        got = cell(x, h)
+        with backends.use("eager"):
+            want = cell(x, h)
+    torch.testing.assert_close(got, want)
+
+
 def test_weights_without_a_version_are_packed_anew():
     with torch.inference_mode():
         cell, x = festina.LayerNormGRUCell(5, 7), torch.randn(2, 5)
@@ -472,6 +484,17 @@ def test_buffers_are_used_again_and_bounded():
     del large, two
     gc.collect()
     assert 0 < pool.idle <= pool.limit
+
+
+def test_a_buffer_comes_back_while_its_thread_takes_another():
+    """As when the garbage collector frees a graph inside of `take`."""
+    pool = Pool(limit=2**20)
+    tensor = pool.tensor(100_000)
+    with pool._lock:
+        del tensor
+    assert pool.idle == 0
+    pool.tensor(10).fill_(1)
+    assert pool.idle > 100_000
 
 
 def test_no_buffer_is_kept_when_the_pool_is_off():

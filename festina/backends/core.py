@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch  # noqa: F401  its OpenMP must be in the process before the core asks for one, so that they share it
 
-VERSION = 2
+VERSION = 3
 LIBRARY = "libfestina_core.so"
 INFERENCE, TRAINING, BACKWARD = range(3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -229,11 +230,12 @@ class Packed:
 def marks_of(layer: LayerSpec, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
     """What packed weights follow from, as far as it is quickly told; nothing where no version could tell of a change.
 
-    `p.data = other` changes an address alone.
+    `p.data = other` changes an address alone, `p.data = p.data.t()` of a square not even that.
     """
     try:
-        return (layer.token, *map(id, parameters), *map(_VERSION, parameters), *map(Tensor.data_ptr, parameters))
-    except RuntimeError:  # tensors made in inference mode have no version
+        places = (*map(Tensor.data_ptr, parameters), *map(Tensor.is_contiguous, parameters))
+        return (layer.token, *map(id, parameters), *map(_VERSION, parameters), *places)
+    except RuntimeError:  # tensors made in inference mode have no version, and some tensors no address
         return ()
 
 
@@ -248,25 +250,29 @@ class PackedCache:
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], Packed] = {}
         self._marks: dict[int, tuple[Any, ...]] = {}
+        self._lock = threading.RLock()
         self.find = self._found.get
         """What was packed under these marks, or None; whether it `still_holds` is left to ask."""
 
-    def put(self, call: Call, args: core.FestinaCall, buffer: Tensor) -> None:
-        """Keep what was packed, unless no version or no address could tell when a parameter changes."""
+    def put(self, call: Call, marks: tuple[Any, ...], args: core.FestinaCall, buffer: Tensor) -> None:
+        """Keep what was packed of parameters that had these marks, unless nothing could tell when one of them changes."""
         parameters, found, latest = call.parameters, self._found, self._marks
-        marks, first = marks_of(call.layer, parameters), id(parameters[0])
+        first = id(parameters[0])
         if not marks or not all(p.is_contiguous() for p in parameters):
             return
         placed = dict(zip(slots(call.layer), (p.nbytes for p in parameters)))
         sizes = core.Sizes(*(placed.get(slot, 0) for slot in range(2 * len(core.PARAMETERS))))
         fingerprint = core.functions().festina_fingerprint(args, sizes)
 
-        def drop(_: Any = None) -> None:
-            found.pop(latest.pop(first, ()), None)
+        def drop(_: weakref.ref[Tensor]) -> None:
+            found.pop(marks, None)
+            if latest.get(first) is marks:
+                del latest[first]
 
-        drop()
         refs = [weakref.ref(p, drop) for p in parameters]  # dropped before another object is given the id
-        found[marks], latest[first] = Packed(refs, fingerprint, sizes, buffer, []), marks
+        with self._lock:
+            found.pop(latest.get(first, ()), None)
+            found[marks], latest[first] = Packed(refs, fingerprint, sizes, buffer, []), marks
 
 
 def short(dtype: torch.dtype) -> str:
@@ -300,17 +306,19 @@ class Cpu:
         at = Pointers()
         args, common = struct_of(call, core.INFERENCE, at)
         outputs = new_outputs(call, args)
-        found = self._packed.find(marks_of(call.layer, call.parameters))
+        marks = marks_of(call.layer, call.parameters)
+        found = self._packed.find(marks)
         args.is_packed = found is not None and found.still_holds(args)
         packed = found.buffer if found and args.is_packed else POOL.tensor(common.packed)
         args.packed = packed.data_ptr()
         carry_out(args, workspace=common.workspace)
         if not args.is_packed:
-            self._packed.put(call, args, packed)
+            self._packed.put(call, marks, args, packed)
         return outputs
 
     def step(self, cell: RecurrentBase, input: Tensor, state: Sequence[Tensor]) -> list[Tensor] | None:
-        found = self._packed.find(marks_of(cell.spec, cell.layer_parameters()))
+        parameters = cell.layer_parameters()  # held while the core reads them
+        found = self._packed.find(marks_of(cell.spec, parameters))
         if found is None or not (input.is_cpu and input.is_contiguous()) or torch._C._is_any_autocast_enabled():
             return None
         dtype = input.dtype
@@ -320,7 +328,7 @@ class Cpu:
         except IndexError:
             ready = None
         if ready is None or ready.key != key:
-            ready = self._get_ready(cell, input, key, found)
+            ready = self._get_ready(cell, parameters, input, key, found)
         if ready is None or len(state) != len(ready.shapes):
             return None
         for tensor, shape in zip(state, ready.shapes):
@@ -339,9 +347,11 @@ class Cpu:
         found.ready.append(ready)
         return outputs
 
-    def _get_ready(self, cell: RecurrentBase, input: Tensor, key: tuple[Any, ...], found: Packed) -> Ready | None:
+    def _get_ready(
+        self, cell: RecurrentBase, parameters: list[Tensor], input: Tensor, key: tuple[Any, ...], found: Packed
+    ) -> Ready | None:
         """What steps of these sizes have in common; None for what is refused, or done by another backend."""
-        layer, parameters = cell.spec, cell.layer_parameters()
+        layer = cell.spec
         if input.dim() != 2:
             return None
         B, I = input.shape

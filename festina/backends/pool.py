@@ -11,7 +11,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
@@ -40,12 +40,14 @@ class Pool:
         """Start anew without freeing anything: after a fork the lock may be held by a thread that is no more."""
         self._lock = threading.Lock()
         self._free: OrderedDict[int, int] = OrderedDict()  # address: size, the one unused for longest first
+        self._returned: deque[tuple[int, int]] = deque()  # on their way into `_free`
         self.idle = 0
 
     def take(self, wanted: int) -> tuple[int, int]:
         """A buffer of at least `wanted` bytes: its address, and the size to give it back with."""
         size = rounded(wanted)
         with self._lock:
+            self._sort_in()
             fits = [(have, address) for address, have in self._free.items() if size <= have <= 2 * size]
             if fits:
                 have, address = min(fits)
@@ -58,21 +60,29 @@ class Pool:
         return address, size
 
     def give(self, address: int, size: int) -> None:
-        """Take back what `take` handed out."""
-        surplus = []
-        with self._lock:
+        """Take back what `take` handed out. Without waiting: the garbage collector may call it in the middle of `take`."""
+        self._returned.append((address, size))
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort_in()
+            finally:
+                self._lock.release()
+
+    def _sort_in(self) -> None:
+        """Make what was returned available, and free what is too much; under the lock."""
+        while self._returned:
+            address, size = self._returned.popleft()
             self._free[address] = size
             self.idle += size
-            while self.idle > self.limit:
-                oldest, its_size = self._free.popitem(last=False)
-                self.idle -= its_size
-                surplus.append(oldest)
-        for oldest in surplus:
+        while self.idle > self.limit:
+            oldest, its_size = self._free.popitem(last=False)
+            self.idle -= its_size
             core.functions().festina_free(oldest)
 
     def release(self) -> None:
         """Free every idle buffer."""
         with self._lock:
+            self._sort_in()
             surplus, self.idle = list(self._free), 0
             self._free.clear()
         for address in surplus:
