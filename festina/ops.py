@@ -158,8 +158,8 @@ class _Recurrence(torch.autograd.Function):
         else:
             outputs, saved = backend.forward_train(call)
             output, state_n = _listed(outputs)
-        name, token, *masks = args[:6]
-        ctx.backend, ctx.options, ctx.states = backend, (name, token, *args[6:8]), len(state_n)
+        _, token, *masks = args[:6]
+        ctx.backend, ctx.token, ctx.rates, ctx.states = backend, token, args[6:8], len(state_n)
         ctx.save_for_backward(*masks, *tensors, output, *state_n, *saved)
         ctx.set_materialize_grads(False)
         return (output, *state_n)
@@ -169,16 +169,8 @@ class _Recurrence(torch.autograd.Function):
         wanted: list[bool] = list(ctx.needs_input_grad[2:])
         all_saved = ctx.saved_tensors  # read once: activation checkpointing hands it out no second time
         masks, tensors, kept = all_saved[:4], all_saved[4 : 4 + len(wanted)], all_saved[4 + len(wanted) :]
-        name, token, *rates = ctx.options
-        args = (
-            name,
-            token,
-            *masks,
-            *rates,
-            tensors[0],
-            list(tensors[1 : 1 + ctx.states]),
-            list(tensors[1 + ctx.states :]),
-        )
+        state, parameters = list(tensors[1 : 1 + ctx.states]), list(tensors[1 + ctx.states :])
+        args = (ctx.backend.name, ctx.token, *masks, *ctx.rates, tensors[0], state, parameters)
         call = _call(args)
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # create_graph=True: the reference can be differentiated again, kernels cannot

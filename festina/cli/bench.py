@@ -55,6 +55,10 @@ GRIDS: dict[str, dict[str, list[int]]] = {
 }
 
 
+FORWARD_ONLY = frozenset(("forward", "step"))
+"""The passes without backward: they run in inference mode."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One case: sizes, cell, plan, type."""
@@ -74,7 +78,7 @@ class Point:
         """Of the matrix products of a pass: 2·G·H·(I + H) a step of a row forward, twice that again backward."""
         gates = len(festina.spec.CELLS[self.cell].gates)
         steps = {"step": self.B, "ragged": sum(self.lengths())}.get(name, self.T * self.B)
-        return 2e-9 * steps * gates * self.H * (self.I + self.H) * (1 if name in ("forward", "step") else 3)
+        return 2e-9 * steps * gates * self.H * (self.I + self.H) * (1 if name in FORWARD_ONLY else 3)
 
     def lengths(self) -> list[int]:
         """Of the ragged batch: spread evenly over T/8 to T."""
@@ -137,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
                 continue
             for name in args.passes:
                 works = contestants(point, name, args.device, args.loop)
-                with torch.inference_mode(name in ("forward", "step")):
+                with torch.inference_mode(name in FORWARD_ONLY):
                     found = race(works, args.seconds, args.device)
                 row = record(point, name, args.device, found, conditions)
                 table.add_row(*cells_of(row))
