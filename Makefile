@@ -2,6 +2,7 @@
 #
 # PYTHON=python3.12 make test     another Python (3.10 or later)
 # make test-torch TORCH=2.10      another PyTorch (2.10 or later)
+# make test-triton TRITON=3.6.0   kernels compiled by another Triton; without TRITON=, by the oldest that is served
 # make demo ARGS="--steps 200"    arguments for the program behind a target
 #
 # Packages come from wherever pip (or uv, if it is installed) is set to look.
@@ -14,6 +15,7 @@ JOBS ?= auto
 USUAL := $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' constraints.txt)
 TORCH ?= $(USUAL)
 WANTED := torch==$(TORCH)$(if $(word 3,$(subst ., ,$(TORCH))),,.*)
+TRITON ?= 3.6.0
 VENV := .venv$(if $(filter-out $(USUAL),$(TORCH)),-torch-$(TORCH))
 PY := $(VENV)/bin/python
 UV := $(shell command -v uv 2>/dev/null)
@@ -27,11 +29,11 @@ install = $(PY) -m pip install $(1)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup info demo bench test lint format wheel clean distclean
+.PHONY: help setup info demo bench test test-torch test-triton lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,7s/^# \{0,1\}//p' Makefile
+	@sed -n '1,8s/^# \{0,1\}//p' Makefile
 
 # Three stamps, so that a change costs only what it must: the environment, torch, and festina with its tools.
 $(VENV)/.made:
@@ -69,6 +71,11 @@ test: setup
 
 # Lint belongs to the usual PyTorch; the suite runs on any.
 test-torch: test
+
+# A CUDA build of torch brings a Triton of its own, often an older one: torch 2.10 and 2.11 bring 3.6.0.
+test-triton: setup
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=$(VENV)/triton-$(TRITON) $(PY) -m pytest --numprocesses $(JOBS) tests/test_triton.py -k compile $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .

@@ -220,12 +220,18 @@ def evaluate(
 
 
 def rms_ratio(got: Tensor, want: Tensor) -> float:
-    """rms(got − want) / rms(want), in float64; NaN where either holds one."""
+    """rms(got − want) / rms(want), in float64; 0 between two roundings of zero, NaN where either holds one.
+
+    >>> zero = torch.zeros(3)
+    >>> rms_ratio(zero + 1e-8, zero), round(rms_ratio(zero + 1e-6, zero)), rms_ratio(zero + torch.nan, zero)
+    (0.0, 10, nan)
+    """
     if not want.numel():
         return 0.0
     want = want.double()
     difference = (got.double() - want).square().mean().sqrt().item()
-    return difference / max(want.square().mean().sqrt().item(), ZERO)
+    size = want.square().mean().sqrt().item()
+    return 0.0 if size < ZERO and difference < ZERO else difference / max(size, ZERO)
 
 
 def assert_rms_close(name: str, got: Tensor, want: Tensor, ratio: float) -> None:

@@ -104,7 +104,8 @@ def pre_activations(x, p, w, col, mask, plan: tl.constexpr):
     normed, reciprocals = raw, raw
     from_h = raw
     if plan.has_hh_norm:
-        normed, reciprocals = normalize(raw, mask, plan, plan.spans)
+        spans: tl.constexpr = plan.spans
+        normed, reciprocals = normalize(raw, mask, plan, spans)
         from_h = scaled(normed, w.gain, col, plan.H, G)
     from_h = shifted(from_h, w.shift, col, plan.H, G)
     if plan.is_joint:
@@ -161,8 +162,9 @@ def retreat(x, p, h, c, d_h, d_c, w, col, mask, plan: tl.constexpr):
 
     d_p = d_from_h
     if plan.has_hh_norm:
+        spans: tl.constexpr = plan.spans
         d_normed = scaled(d_from_h, w.gain, col, plan.H, plan.G)
-        d_p = normalize_backward(d_normed, normed, reciprocals, mask, plan, plan.spans)
+        d_p = normalize_backward(d_normed, normed, reciprocals, mask, plan, spans)
     if plan.is_joint:
         d_x = d_p
     return d_x, d_from_h, d_p, d_old, d_seen, plan.step.emit(from_x, from_h, seen), new
@@ -260,8 +262,9 @@ def step_back(chunk, d_h, d_c, w, around, is_reset, n, at, col, mask, plan: tl.c
         p = (h * load_row(w.hh, col, plan.H, 1)[0],)
 
     d_x, d_a, d_products, d_old, d_seen, new_h, new_c = retreat(x, p, h, c, d_h, d_c, w, col, mask, plan)
+    G: tl.constexpr = plan.G
     d_p = ()
-    for g in tl.static_range(plan.G):
+    for g in tl.static_range(G):
         d_p += (tl.where(is_reset | (mask == 0), 0.0, d_products[g]).to(chunk.d_p.dtype.element_ty),)
     store_tiles(chunk.d_p, d_p, at, col, mask, plan.H, plan.G)
     if chunk.d_x is not None:

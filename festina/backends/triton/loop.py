@@ -41,9 +41,10 @@ def recurrent_product(h, hh, col, col_p, plan: tl.constexpr, precision: tl.const
     if plan.is_diagonal:
         return (h * load_row(hh, col, plan.H, 1)[0],)
     else:
+        G: tl.constexpr = plan.G
         p = ()
-        for g in tl.static_range(plan.G):
-            p += (dot(h, load_matrix(hh + g * plan.H, col_p, col, plan.P, plan.H, plan.G * plan.H), precision),)
+        for g in tl.static_range(G):
+            p += (dot(h, load_matrix(hh + g * plan.H, col_p, col, plan.P, plan.H, G * plan.H), precision),)
         return p
 
 
@@ -53,8 +54,9 @@ def recurrent_product_backward(d_p, w, col, col_p, plan: tl.constexpr, precision
     if plan.is_diagonal:
         return d_p[0] * load_row(w.hh, col, plan.H, 1)[0]
     else:
+        G: tl.constexpr = plan.G
         d_h = dot(d_p[0], load_matrix(w.hh, col, col_p, plan.H, plan.P, plan.P), precision)
-        for g in tl.static_range(1, plan.G):
+        for g in tl.static_range(1, G):
             block = load_matrix(w.hh + g * plan.H * plan.P, col, col_p, plan.H, plan.P, plan.P)
             d_h += dot(d_p[g], block, precision)
         return d_h

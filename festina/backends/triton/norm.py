@@ -14,43 +14,63 @@ import triton.language as tl
 @triton.jit
 def normalize(v, mask, plan: tl.constexpr, spans: tl.constexpr):
     """Each tile normalised, and for each tile the reciprocal deviation `[rows, 1]` of its span; no gain yet."""
+    parts: tl.constexpr = len(spans)
     normed, reciprocals = (), ()
-    for s in tl.static_range(len(spans)):
-        count = plan.H * (spans[s][1] - spans[s][0])
-        mean = tl.zeros_like(tl.sum(v[0], 1, keep_dims=True))
-        if plan.centred:
-            total = v[spans[s][0]]
-            for g in tl.static_range(spans[s][0] + 1, spans[s][1]):
-                total += v[g]
-            mean = tl.sum(total, 1, keep_dims=True) / count
-        squares = tl.zeros_like(v[0])
-        for g in tl.static_range(spans[s][0], spans[s][1]):
-            centred = tl.where(mask, v[g] - mean, 0.0)
-            squares += centred * centred
-        reciprocal = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / count + plan.eps)
-        for g in tl.static_range(spans[s][0], spans[s][1]):
-            normed += (tl.where(mask, v[g] - mean, 0.0) * reciprocal,)
+    for s in tl.static_range(parts):
+        tiles, reciprocal = normalize_span(v, mask, plan, spans[s][0], spans[s][1])
+        normed += tiles
+        for _ in tl.static_range(len(tiles)):
             reciprocals += (reciprocal,)
     return normed, reciprocals
 
 
 @triton.jit
+def normalize_span(v, mask, plan: tl.constexpr, first: tl.constexpr, end: tl.constexpr):
+    """Tiles `first` to `end` normalised together, and their one reciprocal deviation."""
+    width = plan.H * (end - first)
+    mean = tl.zeros_like(tl.sum(v[0], 1, keep_dims=True))
+    if plan.centred:
+        total = v[first]
+        for g in tl.static_range(first + 1, end):
+            total += v[g]
+        mean = tl.sum(total, 1, keep_dims=True) / width
+    squares = tl.zeros_like(v[0])
+    for g in tl.static_range(first, end):
+        centred = tl.where(mask, v[g] - mean, 0.0)
+        squares += centred * centred
+    reciprocal = tl.rsqrt(tl.sum(squares, 1, keep_dims=True) / width + plan.eps)
+    normed = ()
+    for g in tl.static_range(first, end):
+        normed += (tl.where(mask, v[g] - mean, 0.0) * reciprocal,)
+    return normed, reciprocal
+
+
+@triton.jit
 def normalize_backward(d, normed, reciprocals, mask, plan: tl.constexpr, spans: tl.constexpr):
     """The gradient of what `normalize` took, from that of what it gave."""
+    parts: tl.constexpr = len(spans)
     d_v = ()
-    for s in tl.static_range(len(spans)):
-        count = plan.H * (spans[s][1] - spans[s][0])
-        total, along = tl.zeros_like(d[0]), tl.zeros_like(d[0])
-        for g in tl.static_range(spans[s][0], spans[s][1]):
-            inside = tl.where(mask, d[g], 0.0)
-            total += inside
-            along += inside * normed[g]
-        mean = tl.zeros_like(reciprocals[0])
-        if plan.centred:
-            mean = tl.sum(total, 1, keep_dims=True) / count
-        slope = tl.sum(along, 1, keep_dims=True) / count
-        for g in tl.static_range(spans[s][0], spans[s][1]):
-            d_v += ((d[g] - mean - normed[g] * slope) * reciprocals[g],)
+    for s in tl.static_range(parts):
+        d_v += normalize_span_backward(d, normed, reciprocals, mask, plan, spans[s][0], spans[s][1])
+    return d_v
+
+
+@triton.jit
+def normalize_span_backward(d, normed, reciprocals, mask, plan: tl.constexpr, first: tl.constexpr, end: tl.constexpr):
+    """The same of `normalize_span`."""
+    width = plan.H * (end - first)
+    total, along = tl.zeros_like(d[0]), tl.zeros_like(d[0])
+    for g in tl.static_range(first, end):
+        inside = tl.where(mask, d[g], 0.0)
+        total += inside
+        along += inside * normed[g]
+    mean = tl.zeros_like(reciprocals[0])
+    if plan.centred:
+        mean = tl.sum(total, 1, keep_dims=True) / width
+    slope = tl.sum(along, 1, keep_dims=True) / width
+    d_v = ()
+    for g in tl.static_range(first, end):
+        d_v += ((d[g] - mean - normed[g] * slope) * reciprocals[g],)
     return d_v
 
 
@@ -110,7 +130,8 @@ def rows_forward(V, GAIN, SHIFT, OUT, rows, plan: tl.constexpr, BM: tl.constexpr
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     col = tl.arange(0, BH)
     mask = (row < rows)[:, None] & (col < plan.H)[None, :]
-    normed, _ = normalize(load_tiles(V, row, col, mask, plan.H, plan.G), mask, plan, plan.spans)
+    spans: tl.constexpr = plan.spans
+    normed, _ = normalize(load_tiles(V, row, col, mask, plan.H, plan.G), mask, plan, spans)
     out = shifted(scaled(normed, GAIN, col, plan.H, plan.G), SHIFT, col, plan.H, plan.G)
     store_tiles(OUT, out, row, col, mask, plan.H, plan.G)
 

@@ -55,9 +55,10 @@ def step_forward(
     row, n, col, is_row, mask = place(rows, first, plan.H, BM, BH)
     is_reset = load_flags(around.resets, n, is_row)
 
-    products = load_tiles(P, row, col, mask, plan.H, plan.G)
+    G: tl.constexpr = plan.G
+    products = load_tiles(P, row, col, mask, plan.H, G)
     p = ()
-    for g in tl.static_range(plan.G):
+    for g in tl.static_range(G):
         p += (tl.where(is_reset, 0.0, products[g]),)
     h, c = None, None
     if plan.has_c:
