@@ -48,7 +48,7 @@ def test_it_says_why_it_does_not_run():
 
 def test_it_runs_only_when_it_is_asked_for():
     case = backends.Case(LSTM.layer, LSTM.dtype, "cuda")
-    assert "not yet measured on a device" in dict(backends.reasons(case))["triton"]
+    assert "backends.use('triton') asks for it" in dict(backends.reasons(case))["triton"]
     assert backends.select(case) != "triton"
     assert backends.select(case, force="triton") == "triton"
 
