@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._autograd import _profiler_enabled
 
 from festina import backends
 from festina.backends.eager import gradients
@@ -206,10 +208,10 @@ def _is_watched(tensors: Sequence[Tensor]) -> bool:
     return (
         torch.compiler.is_compiling()
         or tensors[0].is_meta
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _len_torch_dispatch_stack() > 0
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or _profiler_enabled()
         or not _PLAIN.issuperset(map(type, tensors))
     )
 

@@ -7,6 +7,7 @@ products in C++, long sequences in float32, wrong structs, packed weights, singl
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import shutil
 import subprocess
@@ -443,18 +444,37 @@ def test_steps_of_several_threads_do_not_meet():
 
 def test_packed_weights_go_with_their_parameters():
     call, _ = Case("lstm", norms.HASTE, T=2, B=3, H=9).build()
+    before = set(CPU._packed._found)
     CPU.forward(call)
-    first = id(call.parameters[0])
-    marks = CPU._packed._marks[first]
+    (key,) = set(CPU._packed._found) - before
     with torch.no_grad():
         call.parameters[1].mul_(2)
     CPU.forward(call)
-    assert marks not in CPU._packed._found, "one set of packed weights for one layer"
-    marks = CPU._packed._marks[first]
+    assert set(CPU._packed._found) - before == {key}, "one set of packed weights for one layer"
     del call
     gc.collect()
-    assert first not in CPU._packed._marks
-    assert marks not in CPU._packed._found
+    assert key not in CPU._packed._found
+
+
+def test_a_layer_and_its_cells_keep_what_they_have_prepared(monkeypatch):
+    """Both directions' cells, the layer between them, and two batch sizes: each is packed or prepared once."""
+    layer = festina.LayerNormLSTM(5, 7, bidirectional=True)
+    cells = [layer.cell(reverse=False), layer.cell(reverse=True)]
+    made = []
+
+    def counted(owner, name):
+        to = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: made.append(name) or to(*args))
+
+    counted(CPU._packed, "put")
+    counted(CPU, "_make_ready")
+    with torch.no_grad():
+        for _ in range(3):
+            layer(torch.randn(2, 3, 5))
+            for cell, B in itertools.product(cells, (2, 3)):
+                cell(torch.randn(B, 5), (torch.zeros(B, 7), torch.zeros(B, 7)))
+    assert made.count("put") == 3
+    assert made.count("_make_ready") == 4
 
 
 def test_one_openmp_serves_torch_and_the_core():

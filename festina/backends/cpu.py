@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 from festina import backends
 from festina.backends import Case, Outputs, core
@@ -34,6 +34,8 @@ MOST_THREADS = 256
 STALE = 2
 """What `festina_run_packed` returns where the parameters are no longer those that were packed."""
 _VERSION = attrgetter("_version")
+MOST_READY = 8
+"""Steps of so many kinds, by batch size most of all, are kept ready for one set of packed weights."""
 WORK_A_THREAD = 40_000
 """Multiplications; below, waking another thread takes longer than what it saves."""
 
@@ -204,7 +206,6 @@ def new_outputs(call: Call, args: core.FestinaCall) -> Outputs:
 class Ready(NamedTuple):
     """A step that lacks only its tensors: a cell that is asked for one step after the other starts from here."""
 
-    key: tuple[Any, ...]
     shapes: list[torch.Size]  # of the state
     args: core.FestinaCall
     run: Callable[[], int]
@@ -213,66 +214,81 @@ class Ready(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """Weights in the order of the kernels, and what tells whether they still are what the parameters hold."""
+    """Weights in the order of the kernels, and what tells whether they still are what the parameters hold.
+
+    Args:
+        marks: `marks_of` the parameters when they were packed.
+        ready: steps for these weights by what they have in common; whoever takes one has it alone, until it is put back.
+    """
 
     parameters: list[weakref.ref[Tensor]]
+    marks: tuple[Any, ...]
     fingerprint: int
     sizes: Any
     buffer: Tensor
-    ready: list[Ready]
+    ready: dict[tuple[Any, ...], list[Ready]]
 
     def still_holds(self, args: core.FestinaCall) -> bool:
         """The parameters that `args` points to have the fingerprint of those that were packed."""
         same: bool = core.functions().festina_fingerprint(args, self.sizes) == self.fingerprint
         return same
 
+    def put_back(self, key: tuple[Any, ...], ready: Ready) -> None:
+        """Keep a step for the next call that has `key`."""
+        waiting = self.ready.get(key)
+        if waiting is None:
+            if len(self.ready) >= MOST_READY:
+                self.ready.clear()
+            waiting = self.ready[key] = []
+        waiting.append(ready)
 
-def marks_of(layer: LayerSpec, parameters: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What packed weights follow from, as far as it is quickly told; nothing where no version could tell of a change.
+
+def marks_of(parameters: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What tells quickly that parameters are no longer what they were; nothing where no version could tell of a change.
 
     `p.data = other` changes an address alone, `p.data = p.data.t()` of a square not even that.
     """
     try:
-        places = (*map(Tensor.data_ptr, parameters), *map(Tensor.is_contiguous, parameters))
-        return (layer.token, *map(id, parameters), *map(_VERSION, parameters), *places)
+        return (
+            *map(_VERSION, parameters),
+            *map(Tensor.data_ptr, parameters),
+            *map(Tensor.is_contiguous, parameters),
+        )
     except RuntimeError:  # tensors made in inference mode have no version, and some tensors no address
         return ()
 
 
 class PackedCache:
-    """Packed weights by their `marks_of`, one set for the parameters of a layer, dropped with any of them.
+    """Packed weights, one set for a layer and its parameters, dropped with any of them.
 
-    A parameter counts as unchanged while it is the same object at the same address with the same version and the same
-    fingerprint, for the same layer. The fingerprint samples 32 values: it is there for writes through `.data`, which leave
-    the version alone.
+    A parameter counts as unchanged while it is the same object with the same marks and the same fingerprint. The
+    fingerprint samples 32 values: it is there for writes through `.data`, which leave the version alone.
     """
 
     def __init__(self) -> None:
         self._found: dict[tuple[Any, ...], Packed] = {}
-        self._marks: dict[int, tuple[Any, ...]] = {}
-        self._lock = threading.RLock()
-        self.find = self._found.get
-        """What was packed under these marks, or None; whether it `still_holds` is left to ask."""
+
+    def find(self, layer: LayerSpec, parameters: Sequence[Tensor], marks: tuple[Any, ...]) -> Packed | None:
+        """What was packed of these parameters when they had these marks; whether it `still_holds` is left to ask."""
+        found = self._found.get((layer.token, *map(id, parameters)))
+        return found if found is not None and found.marks == marks else None
 
     def put(self, call: Call, marks: tuple[Any, ...], args: core.FestinaCall, buffer: Tensor) -> None:
         """Keep what was packed of parameters that had these marks, unless nothing could tell when one of them changes."""
-        parameters, found, latest = call.parameters, self._found, self._marks
-        first = id(parameters[0])
+        parameters, found = call.parameters, self._found
         if not marks or not all(p.is_contiguous() for p in parameters):
             return
+        key = (call.layer.token, *map(id, parameters))
         placed = dict(zip(slots(call.layer), (p.nbytes for p in parameters)))
         sizes = core.Sizes(*(placed.get(slot, 0) for slot in range(2 * len(core.PARAMETERS))))
         fingerprint = core.functions().festina_fingerprint(args, sizes)
 
-        def drop(_: weakref.ref[Tensor]) -> None:
-            found.pop(marks, None)
-            if latest.get(first) is marks:
-                del latest[first]
+        def drop(dead: weakref.ref[Tensor]) -> None:  # comes before another object is given the id
+            held = found.get(key)
+            if held is not None and any(ref is dead for ref in held.parameters):
+                found.pop(key, None)
 
-        refs = [weakref.ref(p, drop) for p in parameters]  # dropped before another object is given the id
-        with self._lock:
-            found.pop(latest.get(first, ()), None)
-            found[marks], latest[first] = Packed(refs, fingerprint, sizes, buffer, []), marks
+        found[key] = Packed([weakref.ref(p, drop) for p in parameters], marks, fingerprint, sizes, buffer, {})
 
 
 def short(dtype: torch.dtype) -> str:
@@ -306,8 +322,8 @@ class Cpu:
         at = Pointers()
         args, common = struct_of(call, core.INFERENCE, at)
         outputs = new_outputs(call, args)
-        marks = marks_of(call.layer, call.parameters)
-        found = self._packed.find(marks)
+        marks = marks_of(call.parameters)
+        found = self._packed.find(call.layer, call.parameters, marks)
         args.is_packed = found is not None and found.still_holds(args)
         packed = found.buffer if found and args.is_packed else POOL.tensor(common.packed)
         args.packed = packed.data_ptr()
@@ -318,17 +334,16 @@ class Cpu:
 
     def step(self, cell: RecurrentBase, input: Tensor, state: Sequence[Tensor]) -> list[Tensor] | None:
         parameters = cell.layer_parameters()  # held while the core reads them
-        found = self._packed.find(marks_of(cell.spec, parameters))
-        if found is None or not (input.is_cpu and input.is_contiguous()) or torch._C._is_any_autocast_enabled():
+        found = self._packed.find(cell.spec, parameters, marks_of(parameters))
+        if found is None or not (input.is_cpu and input.is_contiguous()) or _is_any_autocast_enabled():
             return None
         dtype = input.dtype
         key = (input.shape, dtype, cell.zoneout, cell.zoneout_cell, torch.get_num_threads())
+        ready: Ready | None
         try:
-            ready = found.ready.pop()  # whoever takes it has it alone, until it is put back
-        except IndexError:
-            ready = None
-        if ready is None or ready.key != key:
-            ready = self._get_ready(cell, parameters, input, key, found)
+            ready = found.ready[key].pop()
+        except LookupError:
+            ready = self._make_ready(cell, parameters, input, found)
         if ready is None or len(state) != len(ready.shapes):
             return None
         for tensor, shape in zip(state, ready.shapes):
@@ -344,12 +359,10 @@ class Cpu:
             if status != STALE:
                 core.check(status)
             return None
-        found.ready.append(ready)
+        found.put_back(key, ready)
         return outputs
 
-    def _get_ready(
-        self, cell: RecurrentBase, parameters: list[Tensor], input: Tensor, key: tuple[Any, ...], found: Packed
-    ) -> Ready | None:
+    def _make_ready(self, cell: RecurrentBase, parameters: list[Tensor], input: Tensor, found: Packed) -> Ready | None:
         """What steps of these sizes have in common; None for what is refused, or done by another backend."""
         layer = cell.spec
         if input.dim() != 2:
@@ -371,7 +384,7 @@ class Cpu:
             core.functions().festina_run_packed,
             *(ctypes.addressof(args), ctypes.addressof(found.sizes), found.fingerprint),
         )
-        return Ready(key, shapes, args, run, workspace)
+        return Ready(shapes, args, run, workspace)
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         at = Pointers()
