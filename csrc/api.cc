@@ -56,6 +56,8 @@ void parallel(long threads, void* context, void (*body)(void*, long, long)) {
 
 }  // namespace
 
+int festina_version(void) { return FESTINA_VERSION; }
+
 int festina_bytes(const FestinaCall* call, FestinaBytes* bytes) {
   if (check(call)) return 1;
   FestinaCall fit = *call;

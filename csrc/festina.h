@@ -49,6 +49,9 @@ typedef struct {
   uint64_t packed, saved, workspace;
 } FestinaBytes;
 
+/* FESTINA_VERSION of the core. */
+int festina_version(void);
+
 /* How many bytes the call needs; of the pointers only those of backward's gradients count (null or not).
    0, or 1 with festina_error() telling why. */
 int festina_bytes(const FestinaCall* call, FestinaBytes* bytes);

@@ -196,10 +196,15 @@ def test_an_instruction_set_that_cannot_be_used_is_refused():
     assert refusal(FESTINA_ISA="avx1024").startswith("FESTINA_ISA is avx1024, but this CPU runs: ")
 
 
-def test_a_library_of_another_version_is_refused(tmp_path):
-    (tmp_path / "empty.cc").write_text("")
-    compiled("-shared", str(tmp_path / "empty.cc"), "-o", str(tmp_path / core.LIBRARY))
-    assert "reinstall festina" in refusal(FESTINA_CORE=str(tmp_path))
+@pytest.mark.parametrize(
+    ("names", "why"), [((), "undefined symbol"), (core.SIGNATURES, "the core speaks version 0, the package")]
+)
+def test_a_library_of_another_version_is_refused(names, why, tmp_path):
+    (tmp_path / "core.cc").write_text("\n".join(f'extern "C" int {name}() {{ return 0; }}' for name in names))
+    compiled("-shared", str(tmp_path / "core.cc"), "-o", str(tmp_path / core.LIBRARY))
+    reason = refusal(FESTINA_CORE=str(tmp_path))
+    assert why in reason
+    assert "reinstall festina" in reason
 
 
 FLAGS = {"baseline": [], "avx2": ["-march=x86-64-v3"], "wide": ["-march=x86-64-v3", "-Wno-psabi"], "neon": []}
@@ -335,6 +340,18 @@ def test_packed_weights_serve_their_own_plan_alone():
             with backends.use("eager"):
                 want = cell(x, state)
         torch.testing.assert_close(got, want)
+
+
+def test_packed_weights_are_the_same_whoever_packed_them(monkeypatch):
+    call, _ = Case("lstm", norms.HASTE, T=2, B=3, I=65, H=129).build()
+    outputs = []
+    for threads in (1, 2, 3):
+        same = call.with_tensors([t.clone() for t in call.tensors()])
+        for count in (threads, 1):
+            monkeypatch.setattr(cpu, "threads_for", lambda *_, count=count: count)
+            output = CPU.forward(same)[0]
+        outputs.append(output)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 def test_a_turned_weight_is_packed_anew():

@@ -23,7 +23,7 @@ template <class T> struct Core {
     Arena work{(char*)call.workspace, 0}, packed{(char*)call.packed, 0}, saved{(char*)call.saved, 0};
     common = take_common(work, s);
     published = take_published<T>(work, s);
-    if (call.pass != FESTINA_BACKWARD && !call.is_packed) row_sums = work.take<T>(s.threads * sums_count());
+    if (call.pass != FESTINA_BACKWARD && !call.is_packed) row_sums = work.take<T>(mean_blocks * sums_count());
     for (long d = 0; d < s.directions; ++d) {
       if (call.pass == FESTINA_BACKWARD)
         backward[d] = take_backward<T>(work, packed, saved, s, call, d);
@@ -37,7 +37,7 @@ template <class T> struct Core {
   }
 
   T* published;
-  T* row_sums;  // forward, of each thread: [directions, weight_ih and weight_hh, groups, columns]
+  T* row_sums;  // forward, of each block of rows: [directions, weight_ih and weight_hh, groups, columns]
   long sums_count() const { return s.is_centred ? s.directions * s.groups * (s.I + s.P) : 0; }
 
   // What belongs to one thread.
@@ -101,14 +101,14 @@ template <class T> struct Core {
         for (int which = FESTINA_WEIGHT_IH; which <= FESTINA_WEIGHT_HH; ++which)
           if (Weight<T> w = weight(d, which); w.means) body(w, sums), sums += s.groups * w.columns;
     };
-    auto share = [&](long count, long part) { return count * part / workers; };
     each([&](Weight<T> w, T* sums) {
       long rows = w.gates * w.H;
-      sum_rows(s, w, share(rows, worker), share(rows, worker + 1), sums + worker * sums_count());
+      for (long block = worker; block < mean_blocks; block += workers)
+        sum_rows(s, w, rows * block / mean_blocks, rows * (block + 1) / mean_blocks, sums + block * sums_count());
     });
     wait(workers);
     each([&](Weight<T> w, T* sums) {
-      column_means(s, w, sums, sums_count(), workers, share(w.columns, worker), share(w.columns, worker + 1));
+      column_means(s, w, sums, sums_count(), w.columns * worker / workers, w.columns * (worker + 1) / workers);
     });
     wait(workers);
   }

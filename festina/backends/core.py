@@ -1,6 +1,7 @@
 """The compiled core, seen from Python: where the library is, its argument struct, its functions.
 
-`csrc/festina.h` is the other side of this file; size and version of the struct are checked at every call.
+`csrc/festina.h` is the other side of this file; its version is asked for once, and checked with the size of the struct at
+every call.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch  # noqa: F401  its OpenMP must be in the process before the core asks for one, so that they share it
 
@@ -79,6 +81,21 @@ class FestinaBytes(ctypes.Structure):
     _fields_ = [(name, c_uint64) for name in ("packed", "saved", "workspace")]
 
 
+SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "festina_version": (c_int, []),
+    "festina_bytes": (c_int, [POINTER(FestinaCall), POINTER(FestinaBytes)]),
+    "festina_run": (c_int, [c_void_p]),
+    "festina_run_packed": (c_int, [c_void_p, c_void_p, c_uint64]),
+    "festina_allocate": (c_void_p, [c_uint64]),
+    "festina_free": (None, [c_void_p]),
+    "festina_fingerprint": (c_uint64, [POINTER(FestinaCall), Sizes]),
+    "festina_error": (c_char_p, []),
+    "festina_isa": (c_char_p, []),
+    "festina_isas": (c_char_p, [c_int]),
+}
+"""What each function returns and takes."""
+
+
 @dataclass(frozen=True)
 class Library:
     """The loaded core, or the reason why there is none."""
@@ -101,6 +118,8 @@ def library() -> Library:
     try:
         core = ctypes.CDLL(str(path))
         declare(core)
+        if core.festina_version() != VERSION:
+            raise AttributeError(f"the core speaks version {core.festina_version()}, the package {VERSION}")
     except OSError as error:
         return Library(None, f"the compiled core cannot be loaded: {error}")
     except AttributeError as error:
@@ -116,14 +135,9 @@ def declare(core: ctypes.CDLL) -> None:
     Raises:
         AttributeError: the library lacks one.
     """
-    core.festina_bytes.argtypes = [POINTER(FestinaCall), POINTER(FestinaBytes)]
-    core.festina_run.argtypes = [c_void_p]
-    core.festina_run_packed.argtypes = [c_void_p, c_void_p, c_uint64]
-    core.festina_error.restype = core.festina_isa.restype = core.festina_isas.restype = c_char_p
-    core.festina_isas.argtypes = [c_int]
-    core.festina_allocate.restype, core.festina_allocate.argtypes = c_void_p, [c_uint64]
-    core.festina_free.restype, core.festina_free.argtypes = None, [c_void_p]
-    core.festina_fingerprint.restype, core.festina_fingerprint.argtypes = c_uint64, [POINTER(FestinaCall), Sizes]
+    for name, (result, arguments) in SIGNATURES.items():
+        function = getattr(core, name)
+        function.restype, function.argtypes = result, arguments
 
 
 @lru_cache(maxsize=1)
