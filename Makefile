@@ -73,9 +73,13 @@ test: setup
 test-torch: test
 
 # A CUDA build of torch brings a Triton of its own, often an older one: torch 2.10 and 2.11 bring 3.6.0.
-test-triton: setup
-	$(PY) -m pip install --quiet --no-deps --upgrade --target $(VENV)/triton-$(TRITON) triton==$(TRITON)
-	PYTHONPATH=$(VENV)/triton-$(TRITON) $(PY) -m pytest --numprocesses $(JOBS) tests/test_triton.py -k compile $(ARGS)
+test-triton: setup $(VENV)/triton-$(TRITON)/.made
+	PYTHONPATH=$(VENV)/triton-$(TRITON) $(PY) -c 'import triton; assert triton.__version__ == "$(TRITON)", triton'
+	PYTHONPATH=$(VENV)/triton-$(TRITON) $(PY) -m pytest --numprocesses $(JOBS) $(ARGS) tests/test_triton.py -k compile
+
+$(VENV)/triton-$(TRITON)/.made: $(VENV)/.made
+	$(PY) -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$(TRITON)
+	@touch $@
 
 lint: setup
 	$(PY) -m ruff check .

@@ -197,7 +197,8 @@ def test_an_instruction_set_that_cannot_be_used_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("names", "why"), [((), "undefined symbol"), (core.SIGNATURES, "the core speaks version 0, the package")]
+    ("names", "why"),
+    [((), "undefined symbol"), (core.SIGNATURES, "the compiled core is of version 0, this package of")],
 )
 def test_a_library_of_another_version_is_refused(names, why, tmp_path):
     (tmp_path / "core.cc").write_text("\n".join(f'extern "C" int {name}() {{ return 0; }}' for name in names))
@@ -492,6 +493,23 @@ def test_a_layer_and_its_cells_keep_what_they_have_prepared(monkeypatch):
                 cell(torch.randn(B, 5), (torch.zeros(B, 7), torch.zeros(B, 7)))
     assert made.count("put") == 3
     assert made.count("_make_ready") == 4
+
+
+def test_steps_that_are_ready_hold_little_memory():
+    cell = festina.LayerNormLSTMCell(5, 64)
+    parameters = cell.layer_parameters()
+
+    def ready(*batch_sizes):
+        with torch.no_grad():
+            for B in batch_sizes:
+                cell(torch.randn(B, 5), (torch.zeros(B, 64), torch.zeros(B, 64)))
+        return CPU._packed.find(cell.spec, parameters, cpu.marks_of(parameters)).ready
+
+    assert len(ready(1, *range(1, 4))) == 3
+    assert len(ready(4096)) == 3, "a large step is prepared anew"
+    assert len(ready(*range(4, 3 * cpu.MOST_READY))) <= cpu.MOST_READY
+    CPU.release_memory()
+    assert not ready()
 
 
 def test_one_openmp_serves_torch_and_the_core():

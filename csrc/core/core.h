@@ -23,7 +23,7 @@ template <class T> struct Core {
     Arena work{(char*)call.workspace, 0}, packed{(char*)call.packed, 0}, saved{(char*)call.saved, 0};
     common = take_common(work, s);
     published = take_published<T>(work, s);
-    if (call.pass != FESTINA_BACKWARD && !call.is_packed) row_sums = work.take<T>(mean_blocks * sums_count());
+    if (call.pass != FESTINA_BACKWARD && !call.is_packed) row_sums = work.take<T>(s.mean_blocks() * sums_count());
     for (long d = 0; d < s.directions; ++d) {
       if (call.pass == FESTINA_BACKWARD)
         backward[d] = take_backward<T>(work, packed, saved, s, call, d);
@@ -102,9 +102,9 @@ template <class T> struct Core {
           if (Weight<T> w = weight(d, which); w.means) body(w, sums), sums += s.groups * w.columns;
     };
     each([&](Weight<T> w, T* sums) {
-      long rows = w.gates * w.H;
-      for (long block = worker; block < mean_blocks; block += workers)
-        sum_rows(s, w, rows * block / mean_blocks, rows * (block + 1) / mean_blocks, sums + block * sums_count());
+      long rows = w.gates * w.H, blocks = s.mean_blocks();
+      for (long block = worker; block < blocks; block += workers)
+        sum_rows(s, w, rows * block / blocks, rows * (block + 1) / blocks, sums + block * sums_count());
     });
     wait(workers);
     each([&](Weight<T> w, T* sums) {

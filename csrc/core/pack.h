@@ -27,15 +27,13 @@ template <class T> void sum_rows(const Shape& s, const Weight<T>& w, long first,
   }
 }
 
-constexpr long mean_blocks = 16;  // of rows, that are summed apart, by whomever: means do not depend on the number of threads
-
 // Means of columns [first, end) from the sums of blocks of rows, which lie `step` apart.
 template <class T>
 void column_means(const Shape& s, const Weight<T>& w, const T* sums, long step, long first, long end) {
   for (int group = 0; group < s.groups; ++group)
     for (long k = first; k < end; ++k) {
       T total = 0;
-      for (long block = 0; block < mean_blocks; ++block) total += sums[block * step + group * w.columns + k];
+      for (long block = 0; block < s.mean_blocks(); ++block) total += sums[block * step + group * w.columns + k];
       w.means[group * w.columns + k] = total / (T)s.group_size[group];
     }
 }

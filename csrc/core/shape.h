@@ -81,6 +81,8 @@ struct Shape {
     return min(N, ceil_div(N, groups * count) + ceil_div(B, groups));
   }
   long stretch_slots() const { return row_groups() * stretch() + B; }
+  // Blocks of a weight's rows that are summed apart, by whomever: means do not depend on the number of threads.
+  long mean_blocks() const { return max(1, min(16, traits.gates * H / 64)); }
   long list_rows() const { return B + max(projected_rows, gradient_rows); }
 };
 

@@ -84,7 +84,7 @@ class Stepper(Backend, Protocol):
         """
 
 
-ON_REQUEST = {"triton": "slower than cuDNN above H = 128 (docs/gpu.md); backends.use('triton') asks for it"}
+ON_REQUEST = {"triton": "slower than cuDNN at most sizes (docs/gpu.md); backends.use('triton') asks for it"}
 """Backends that run only where they are forced, each with the reason."""
 
 _forced = os.environ.get("FESTINA_BACKEND", "")

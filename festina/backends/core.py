@@ -118,12 +118,15 @@ def library() -> Library:
     try:
         core = ctypes.CDLL(str(path))
         declare(core)
-        if core.festina_version() != VERSION:
-            raise AttributeError(f"the core speaks version {core.festina_version()}, the package {VERSION}")
     except OSError as error:
         return Library(None, f"the compiled core cannot be loaded: {error}")
     except AttributeError as error:
         return Library(None, f"the compiled core is of another version than this package: {error}; reinstall festina")
+    if core.festina_version() != VERSION:
+        return Library(
+            None,
+            f"the compiled core is of version {core.festina_version()}, this package of {VERSION}; reinstall festina",
+        )
     if core.festina_isa() is None:
         return Library(None, core.festina_error().decode())
     return Library(core, None)

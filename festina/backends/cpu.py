@@ -36,6 +36,8 @@ STALE = 2
 _VERSION = attrgetter("_version")
 MOST_READY = 8
 """Steps of so many kinds, by batch size most of all, are kept ready for one set of packed weights."""
+MOST_READY_BYTES = 1 << 20
+"""And only those that work in so little memory; a larger step takes long enough to be prepared anew."""
 WORK_A_THREAD = 40_000
 """Multiplications; below, waking another thread takes longer than what it saves."""
 
@@ -235,6 +237,8 @@ class Packed:
 
     def put_back(self, key: tuple[Any, ...], ready: Ready) -> None:
         """Keep a step for the next call that has `key`."""
+        if ready.workspace.nbytes > MOST_READY_BYTES:
+            return
         waiting = self.ready.get(key)
         if waiting is None:
             if len(self.ready) >= MOST_READY:
@@ -273,6 +277,11 @@ class PackedCache:
         found = self._found.get((layer.token, *map(id, parameters)))
         return found if found is not None and found.marks == marks else None
 
+    def release(self) -> None:
+        """Let go of the memory of steps that are ready."""
+        for packed in list(self._found.values()):
+            packed.ready.clear()
+
     def put(self, call: Call, marks: tuple[Any, ...], args: core.FestinaCall, buffer: Tensor) -> None:
         """Keep what was packed of parameters that had these marks, unless nothing could tell when one of them changes."""
         parameters, found = call.parameters, self._found
@@ -283,10 +292,8 @@ class PackedCache:
         sizes = core.Sizes(*(placed.get(slot, 0) for slot in range(2 * len(core.PARAMETERS))))
         fingerprint = core.functions().festina_fingerprint(args, sizes)
 
-        def drop(dead: weakref.ref[Tensor]) -> None:  # comes before another object is given the id
-            held = found.get(key)
-            if held is not None and any(ref is dead for ref in held.parameters):
-                found.pop(key, None)
+        def drop(_: weakref.ref[Tensor]) -> None:  # comes before another object is given the id
+            found.pop(key, None)
 
         found[key] = Packed([weakref.ref(p, drop) for p in parameters], marks, fingerprint, sizes, buffer, {})
 
@@ -316,6 +323,7 @@ class Cpu:
 
     def release_memory(self) -> None:
         """Free the buffers that lie idle for later calls."""
+        self._packed.release()
         POOL.release()
 
     def forward(self, call: Call) -> Outputs:
