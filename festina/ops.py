@@ -8,6 +8,8 @@ One operator call is one layer over time, every direction. `recurrence` is what 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,13 +102,35 @@ def _outputs(output: Tensor, state_n: Sequence[Tensor]) -> backends.Outputs:
     return output, state_n[0], state_n[1] if len(state_n) > 1 else None
 
 
+@lru_cache(maxsize=1024)
+def _parameter_shapes(layer: LayerSpec, I: int, H: int, P: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(layer.parameter_shapes(I, H, P).values()) * layer.directions
+
+
+def _check_shapes(call: Call) -> None:
+    """Raise unless every parameter fits the layer, the input and the state: a module's may have been replaced."""
+    I, P = call.input.shape[1], call.h_0.shape[2]
+    H = P if call.c_0 is None else call.c_0.shape[2]
+    shapes = _parameter_shapes(call.layer, I, H, P)
+    if (*map(_SHAPE, call.parameters),) == shapes:
+        return
+    names = call.layer.parameter_names * call.layer.directions
+    for name, parameter, shape in zip(names, call.parameters, shapes, strict=True):
+        if parameter.shape != shape:
+            raise ValueError(
+                f"{name} must be {list(shape)} for input_size = {I} and hidden_size = {H}, got {list(parameter.shape)}"
+            )
+
+
 def _recurrence(*args: Any) -> tuple[Tensor, list[Tensor]]:
     backend, call = _parse(args)
+    _check_shapes(call)
     return _listed(backend.forward(call))
 
 
 def _recurrence_train(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     backend, call = _parse(args)
+    _check_shapes(call)
     outputs, saved = backend.forward_train(call)
     return (*_listed(outputs), saved)
 
@@ -199,6 +223,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_SHAPE = attrgetter("shape")
 
 
 def _is_watched(tensors: Sequence[Tensor]) -> bool:
@@ -220,7 +245,8 @@ def run(call: Call) -> backends.Outputs:
     """Carry out a call: by the operator where somebody watches, else without the dispatcher, which costs more than a cell.
 
     Raises:
-        ValueError: its tensors are not of one type on one device; a kernel takes their addresses on trust.
+        ValueError: its tensors are not of one type on one device, or a parameter's shape is not what the layer needs for
+            such an input and state; a kernel takes addresses and sizes on trust.
         festina.backends.BackendError: a backend was forced that cannot run this call.
     """
     tensors = call.tensors()
@@ -235,6 +261,7 @@ def run(call: Call) -> backends.Outputs:
             )
     if _is_watched(tensors):
         return _outputs(*torch.ops.festina.recurrence(*arguments(call, backends.forced())))
+    _check_shapes(call)
     backend = _backend(call, backends.forced())
     return _outputs(*_record(backend, call)) if _is_recorded(tensors) else backend.forward(call)
 

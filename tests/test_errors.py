@@ -411,6 +411,37 @@ def test_a_parameter_of_another_type_is_named(name: str) -> None:
         layer.cell()(X[0])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_parameter_of_another_shape_is_named(variant: str, backend: str) -> None:
+    """Replaced by another parameter, by other data, or for one call: a kernel would read past its end."""
+    layer = make(variant, I, H)
+    for name, parameter in list(layer.named_parameters()):
+        wrong = torch.randn([size + 1 for size in parameter.shape])
+        text = rf"{name.split('_l')[0]} must be \[.*\] for input_size = .*, got \[{', '.join(map(str, wrong.shape))}\]"
+        whole = parameter.data
+        for is_training in (True, False):
+            with backends.use(backend), torch.set_grad_enabled(is_training):
+                with pytest.raises(ValueError, match=text):
+                    torch.func.functional_call(layer, {name: wrong}, (X,))
+                layer(X)
+                parameter.data = wrong
+                with pytest.raises(ValueError, match=text):
+                    layer(X)
+                parameter.data = whole
+
+
+def test_a_step_of_a_cell_with_a_parameter_of_another_shape() -> None:
+    cell = festina.LayerNormLSTMCell(I, H)
+    with torch.no_grad():
+        state = cell(X[0], cell(X[0]))
+        cell.gain_hh = nn.Parameter(torch.ones(1))
+        with pytest.raises(
+            ValueError, match=r"gain_hh must be \[20\] for input_size = 3 and hidden_size = 5, got \[1\]"
+        ):
+            cell(X[0], state)
+
+
 def test_backend_by_name() -> None:
     with (
         pytest.raises(backends.BackendError, match=r"there is no backend 'cudnn'; there are .*eager"),
