@@ -31,7 +31,7 @@ def recurrence(call: Call) -> backends.Outputs:
     Raises:
         festina.backends.BackendError: a backend was forced that cannot run this call.
     """
-    low = _float32_becomes(call.input.device.type)
+    low = float32_becomes(call.input.device.type)
     if low != torch.float32:
         call = call.with_tensors([t.to(low) if t.dtype == torch.float32 else t for t in call.tensors()])
     if torch._C._are_functorch_transforms_active():
@@ -196,7 +196,7 @@ def check_input(steps: Tensor, input_size: int, weight: Tensor) -> None:
     _check_like("input", steps, weight, "the parameters")
 
 
-def _float32_becomes(device: str) -> torch.dtype:
+def float32_becomes(device: str) -> torch.dtype:
     """The type in which float32 tensors are computed with: autocast's, or float32 itself outside of it."""
     if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta device
         return torch.float32
@@ -204,7 +204,7 @@ def _float32_becomes(device: str) -> torch.dtype:
 
 
 def _check_like(name: str, tensor: Tensor, like: Tensor, whose: str) -> None:
-    if tensor.dtype != like.dtype and {tensor.dtype, like.dtype} != {torch.float32, _float32_becomes(like.device.type)}:
+    if tensor.dtype != like.dtype and {tensor.dtype, like.dtype} != {torch.float32, float32_becomes(like.device.type)}:
         raise ValueError(f"{name} must be {like.dtype} as {whose}, got {tensor.dtype}; call .to({like.dtype})")
     if tensor.device != like.device:
         raise ValueError(f"{name} must be on {like.device} as {whose}, got {tensor.device}; move one of them")

@@ -17,7 +17,9 @@ import pytest
 import torch
 from cases import CASES, EVERY_PLAN, full
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
+import festina
 from festina import backends, functional, norms, reference
 from festina.backends.triton import is_interpreting
 from festina.reference import Call
@@ -249,6 +251,26 @@ def second_order(run, call: Call, cotangents: list[Tensor]) -> tuple[Tensor, ...
     cotangents = [cotangent.to(out.dtype) for cotangent, out in zip(cotangents, outputs, strict=True)]
     first = torch.autograd.grad(outputs, leaves, cotangents, create_graph=True)
     return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves, materialize_grads=True)
+
+
+def test_explain_says_what_a_call_would_do():
+    layer, x = festina.LayerNormLSTM(3, 4), torch.randn(5, 2, 3)
+
+    def taken(of=x) -> str | None:
+        return next((name for name, reason in backends.explain(layer, of) if reason is None), None)
+
+    usual = taken()
+    assert taken(pack_padded_sequence(x, [5, 2])) == usual
+    with backends.use("eager"):
+        assert taken() == "eager"
+        assert dict(backends.explain(layer, x))["triton"] == "eager was asked for"
+    with torch.autocast("cpu", torch.float16):
+        assert taken() == "eager"
+    with backends.use("cpu"):
+        assert taken(x.half()) is None
+        assert taken() == ("cpu" if usual == "cpu" else None)
+    with pytest.raises(TypeError, match="layer must be one of Festina's layers or cells, got LSTM"):
+        backends.explain(torch.nn.LSTM(3, 4), x)
 
 
 def test_a_backend_that_is_wrong_is_found_out(backend):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from festina.reference import Call
 from festina.spec import LayerSpec
@@ -131,8 +132,15 @@ def isa(name: str) -> str | None:
     return of() if of else None
 
 
-def reasons(case: Case) -> list[tuple[str, str | None]]:
-    """Each backend, best first, with None or the reason why it is not taken for the case; the first None wins."""
+def reasons(case: Case, force: str = "") -> list[tuple[str, str | None]]:
+    """Each backend, best first, with None or the reason why it is not taken for the case; the first None wins.
+
+    Raises:
+        BackendError: `force` is unknown.
+    """
+    if force:
+        forced = get(force)
+        return [(name, forced.can_run(case) if name == force else f"{force} was asked for") for name in registry()]
     return [(name, backend.can_run(case) or ON_REQUEST.get(name)) for name, backend in registry().items()]
 
 
@@ -177,11 +185,24 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def explain(layer: RecurrentBase, input: Tensor) -> list[tuple[str, str | None]]:
-    """Each backend with None if it can run `layer` on `input`, else with the reason why not; the first None is chosen.
+def explain(layer: RecurrentBase, input: Tensor | PackedSequence) -> list[tuple[str, str | None]]:
+    """Each backend with None if it runs `layer` on `input`, else with the reason why not; the first None is chosen.
+
+    What is true where this is called: inside `use`, under `FESTINA_BACKEND`, under autocast. A forced backend that cannot
+    run the case leaves no None, and the layer raises.
+
+    Raises:
+        TypeError: `layer` is none of Festina's.
+        BackendError: `FESTINA_BACKEND` names no backend.
 
     >>> import festina, torch
     >>> explain(festina.LayerNormLSTM(3, 4), torch.zeros(5, 2, 3))[-1]
     ('eager', None)
     """
-    return reasons(Case(layer.spec, input.dtype, input.device.type))
+    from festina import functional, module  # which need this module
+
+    if not isinstance(layer, module.RecurrentBase):
+        raise TypeError(f"layer must be one of Festina's layers or cells, got {type(layer).__name__}")
+    tensor = input.data if isinstance(input, PackedSequence) else input
+    dtype = functional.float32_becomes(tensor.device.type) if tensor.dtype == torch.float32 else tensor.dtype
+    return reasons(Case(layer.spec, dtype, tensor.device.type), forced())

@@ -49,7 +49,7 @@ def backend_states() -> list[dict[str, Any]]:
     for name in backends.names():
         reasons = {}
         for kind in dict.fromkeys(found["device"].partition(":")[0] for found in devices()):
-            reasons[kind] = dict(backends.explain(layer, torch.empty(1, 1, 8, device=kind)))[name]
+            reasons[kind] = dict(backends.reasons(backends.Case(layer.spec, torch.float32, kind)))[name]
         states.append({"backend": name, "reasons": reasons, "isa": backends.isa(name)})
     return states
 

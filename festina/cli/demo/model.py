@@ -56,8 +56,7 @@ def backend_of(model: CharacterModel, device: torch.device) -> str:
     layer = model.recurrent
     if not isinstance(layer, Recurrent):
         return "torch"
-    reasons = backends.explain(layer, torch.zeros(1, 1, EMBEDDING, device=device))
-    return next(name for name, reason in reasons if reason is None)
+    return backends.select(backends.Case(layer.spec, torch.float32, device.type), backends.forced())
 
 
 @torch.no_grad()
