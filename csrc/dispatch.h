@@ -12,6 +12,7 @@ struct Isa {
   bool (*has_kernels)(const FestinaCall& call);
   FestinaBytes (*bytes)(const FestinaCall& call);
   void (*run)(const FestinaCall& call, Parallel parallel);
+  uint64_t (*digest)(const void* memory, uint64_t bytes);
 };
 
 // The best one that this CPU runs, or the one that FESTINA_ISA names; null where it names one that cannot be used.

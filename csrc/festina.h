@@ -10,7 +10,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-#define FESTINA_VERSION 3
+#define FESTINA_VERSION 4
 
 enum FestinaPass { FESTINA_INFERENCE, FESTINA_TRAINING, FESTINA_BACKWARD };
 enum FestinaType { FESTINA_FLOAT32, FESTINA_FLOAT64, FESTINA_BFLOAT16 };
@@ -63,11 +63,12 @@ int festina_run(const FestinaCall* call);
 void* festina_allocate(uint64_t bytes);
 void festina_free(void* memory);
 
-/* A few values and the address of each parameter, mixed: it tells rewritten parameters from those that were packed. */
-uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS]);
+/* The address of each parameter, mixed with its values, all of them or a few: it tells rewritten parameters from those that
+   were packed. */
+uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], int is_whole);
 
 /* festina_run, if the parameters still have this fingerprint; 2, with nothing done, if not. */
-int festina_run_packed(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], uint64_t fingerprint);
+int festina_run_packed(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], int is_whole, uint64_t fingerprint);
 
 /* What went wrong in this thread's last call that returned 1. */
 const char* festina_error(void);

@@ -316,6 +316,29 @@ def test_packed_weights_follow_the_parameters():
         before = now
 
 
+@pytest.mark.parametrize(("kind", "H", "T"), [(festina.LayerNormLSTM, 100, 8), (festina.LayerNormGRU, 60, 1)])
+def test_one_value_written_through_data_is_seen(kind, H, T):
+    """By layers of any size over 8 steps, and by small ones over fewer, steps of their cells included."""
+    layer = kind(H, H)
+    cell, x = layer.cell(), torch.randn(T, 2, H)
+
+    def outputs():
+        return layer(x)[0] if T > 1 else torch.cat([layer(x)[0][0], *(cell(x[0], cell(x[0])) for _ in range(2))])
+
+    with torch.no_grad():
+        before = outputs()
+        for parameter in layer.parameters():
+            for at in (0, parameter.numel() // 3, parameter.numel() - 1):
+                value = parameter.data.view(-1)[at].clone()
+                parameter.data.view(-1)[at] += 0.5
+                now = outputs()
+                assert not torch.equal(now, before)
+                with backends.use("eager"):
+                    torch.testing.assert_close(now, outputs(), atol=1e-4, rtol=1e-4)
+                parameter.data.view(-1)[at] = value
+        assert torch.equal(outputs(), before)
+
+
 def test_a_step_sees_data_that_was_replaced():
     cell, x, state = festina.LayerNormLSTMCell(5, 7), torch.randn(2, 5), (torch.randn(2, 7), torch.randn(2, 7))
     with torch.no_grad():

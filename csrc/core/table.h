@@ -2,6 +2,7 @@
 #pragma once
 #include "../dispatch.h"
 #include "core.h"
+#include "digest.h"
 
 namespace ISA {
 
@@ -37,6 +38,6 @@ inline void run_any(const FestinaCall& call, festina::Parallel parallel) {
 
 #define NAME_OF(isa) #isa
 #define NAMED(isa) NAME_OF(isa)
-extern const festina::Isa isa{NAMED(ISA), has_kernels, bytes, run_any};
+extern const festina::Isa isa{NAMED(ISA), has_kernels, bytes, run_any, digest};
 
 }  // namespace ISA

@@ -1,5 +1,5 @@
-// Sigmoid and tanh in ulps, not-a-number through both, products of every tail, squares transposed: one program for each
-// instruction set, run by tests/test_cpu.py. Prints what failed; exits with the number of failures.
+// Sigmoid and tanh in ulps, not-a-number through both, products of every tail, squares transposed, digests: one program for
+// each instruction set, run by tests/test_cpu.py. Prints what failed; exits with the number of failures.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,6 +8,7 @@
 #include <initializer_list>
 
 #include VECTOR_HEADER
+#include "../core/digest.h"
 #include "../core/gemm.h"
 #include "../core/math.h"
 #include "../core/pack.h"
@@ -149,7 +150,26 @@ template <class T> void check_transposition() {
     }
 }
 
+// Every bit counts, wherever it stands; and so do the signs of all values together.
+void check_digest() {
+  alignas(64) unsigned char bytes[300];
+  for (unsigned char& byte : bytes) byte = (unsigned char)rand();
+  for (long count : {1, 4, 31, 127, 128, 129, 300}) {
+    uint64_t before = digest(bytes, count), lost = 0;
+    for (long bit = 0; bit < 8 * count; ++bit) {
+      bytes[bit / 8] ^= 1 << bit % 8;
+      lost += digest(bytes, count) == before;
+      bytes[bit / 8] ^= 1 << bit % 8;
+    }
+    for (long i = 3; i < count; i += 4) bytes[i] ^= 128;
+    lost += count > 3 && digest(bytes, count) == before;
+    for (long i = 3; i < count; i += 4) bytes[i] ^= 128;
+    if (lost) printf("digest of %ld bytes: %ld changes are lost\n", count, (long)lost), ++failures;
+  }
+}
+
 int run() {
+  check_digest();
   check_transposition<float>();
   check_transposition<double>();
   check_all_pairs();

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch  # noqa: F401  its OpenMP must be in the process before the core asks for one, so that they share it
 
-VERSION = 3
+VERSION = 4
 LIBRARY = "libfestina_core.so"
 INFERENCE, TRAINING, BACKWARD = range(3)
 
@@ -85,10 +85,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "festina_version": (c_int, []),
     "festina_bytes": (c_int, [POINTER(FestinaCall), POINTER(FestinaBytes)]),
     "festina_run": (c_int, [c_void_p]),
-    "festina_run_packed": (c_int, [c_void_p, c_void_p, c_uint64]),
+    "festina_run_packed": (c_int, [c_void_p, c_void_p, c_int, c_uint64]),
     "festina_allocate": (c_void_p, [c_uint64]),
     "festina_free": (None, [c_void_p]),
-    "festina_fingerprint": (c_uint64, [POINTER(FestinaCall), Sizes]),
+    "festina_fingerprint": (c_uint64, [POINTER(FestinaCall), Sizes, c_int]),
     "festina_error": (c_char_p, []),
     "festina_isa": (c_char_p, []),
     "festina_isas": (c_char_p, [c_int]),

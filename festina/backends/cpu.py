@@ -38,6 +38,9 @@ MOST_READY = 8
 """Steps of so many kinds, by batch size most of all, are kept ready for one set of packed weights."""
 MOST_READY_BYTES = 1 << 20
 """And only those that work in so little memory; a larger step takes long enough to be prepared anew."""
+STEPS_WHOLE, BYTES_WHOLE = 8, 128 << 10
+"""Before packed weights are used again, all of the parameters are read for calls of so many steps, or where they are so
+small; else a few values of each, as all of them would take as long as a step."""
 WORK_A_THREAD = 40_000
 """Multiplications; below, waking another thread takes longer than what it saves."""
 
@@ -220,19 +223,26 @@ class Packed:
 
     Args:
         marks: `marks_of` the parameters when they were packed.
+        fingerprints: of a few values of each, and of all.
+        sizes: of each in bytes, by slot.
         ready: steps for these weights by what they have in common; whoever takes one has it alone, until it is put back.
     """
 
     parameters: list[weakref.ref[Tensor]]
     marks: tuple[Any, ...]
-    fingerprint: int
+    fingerprints: tuple[int, int]
     sizes: Any
     buffer: Tensor
     ready: dict[tuple[Any, ...], list[Ready]]
 
+    def is_read_whole(self, T: int) -> bool:
+        """All of the parameters are read to see whether they have changed, before a call of T steps."""
+        return T >= STEPS_WHOLE or sum(self.sizes) <= BYTES_WHOLE
+
     def still_holds(self, args: core.FestinaCall) -> bool:
         """The parameters that `args` points to have the fingerprint of those that were packed."""
-        same: bool = core.functions().festina_fingerprint(args, self.sizes) == self.fingerprint
+        is_whole = self.is_read_whole(args.T)
+        same: bool = core.functions().festina_fingerprint(args, self.sizes, is_whole) == self.fingerprints[is_whole]
         return same
 
     def put_back(self, key: tuple[Any, ...], ready: Ready) -> None:
@@ -266,7 +276,7 @@ class PackedCache:
     """Packed weights, one set for a layer and its parameters, dropped with any of them.
 
     A parameter counts as unchanged while it is the same object with the same marks and the same fingerprint. The
-    fingerprint samples 32 values: it is there for writes through `.data`, which leave the version alone.
+    fingerprint is there for writes through `.data`, which leave the version alone. docs/decisions/0004-packed-weights.md.
     """
 
     def __init__(self) -> None:
@@ -290,12 +300,12 @@ class PackedCache:
         key = (call.layer.token, *map(id, parameters))
         placed = dict(zip(slots(call.layer), (p.nbytes for p in parameters)))
         sizes = core.Sizes(*(placed.get(slot, 0) for slot in range(2 * len(core.PARAMETERS))))
-        fingerprint = core.functions().festina_fingerprint(args, sizes)
+        few, every = (core.functions().festina_fingerprint(args, sizes, is_whole) for is_whole in (False, True))
 
         def drop(_: weakref.ref[Tensor]) -> None:  # comes before another object is given the id
             found.pop(key, None)
 
-        found[key] = Packed([weakref.ref(p, drop) for p in parameters], marks, fingerprint, sizes, buffer, {})
+        found[key] = Packed([weakref.ref(p, drop) for p in parameters], marks, (few, every), sizes, buffer, {})
 
 
 def short(dtype: torch.dtype) -> str:
@@ -388,9 +398,10 @@ class Cpu:
         workspace = POOL.tensor(common.workspace)
         args.packed, args.is_packed, args.workspace = found.buffer.data_ptr(), 1, workspace.data_ptr()
         shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
+        is_whole = found.is_read_whole(1)
         run = partial(
             core.functions().festina_run_packed,
-            *(ctypes.addressof(args), ctypes.addressof(found.sizes), found.fingerprint),
+            *(ctypes.addressof(args), ctypes.addressof(found.sizes), is_whole, found.fingerprints[is_whole]),
         )
         return Ready(shapes, args, run, workspace)
 
