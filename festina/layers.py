@@ -109,6 +109,9 @@ class Recurrent(RecurrentBase):
         """The cell of one layer (of its reverse direction): it shares the layer's parameters, and taking it step by step
         gives the layer's numbers.
 
+        It is a module of its own: it has the layer's mode and rates of this moment, so call `eval()` on it as well, and take
+        it anew where the layer's parameters are replaced by others (`load_state_dict(assign=True)`, `to` another device).
+
         Raises:
             IndexError: there is no such layer or direction.
         """
