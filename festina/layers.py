@@ -110,7 +110,7 @@ class Recurrent(RecurrentBase):
         gives the layer's numbers.
 
         It is a module of its own: it has the layer's mode and rates of this moment, so call `eval()` on it as well, and take
-        it anew where the layer's parameters are replaced by others (`load_state_dict(assign=True)`, `to` another device).
+        it anew where the layer's parameters are replaced by others, as by `load_state_dict(assign=True)`.
 
         Raises:
             IndexError: there is no such layer or direction.
