@@ -122,16 +122,24 @@ def _check_shapes(call: Call) -> None:
             )
 
 
-def _recurrence(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    backend, call = _parse(args)
+def _forward(backend: backends.Backend, call: Call) -> backends.Outputs:
+    """The backend's pass, whose kernels take shapes on trust."""
     _check_shapes(call)
-    return _listed(backend.forward(call))
+    return backend.forward(call)
+
+
+def _forward_train(backend: backends.Backend, call: Call) -> tuple[backends.Outputs, list[Tensor]]:
+    """The same in training."""
+    _check_shapes(call)
+    return backend.forward_train(call)
+
+
+def _recurrence(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    return _listed(_forward(*_parse(args)))
 
 
 def _recurrence_train(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    backend, call = _parse(args)
-    _check_shapes(call)
-    outputs, saved = backend.forward_train(call)
+    outputs, saved = _forward_train(*_parse(args))
     return (*_listed(outputs), saved)
 
 
@@ -182,7 +190,7 @@ class _Recurrence(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():
                 output, state_n, saved = torch.ops.festina.recurrence_train(*args)
         else:
-            outputs, saved = backend.forward_train(call)
+            outputs, saved = _forward_train(backend, call)
             output, state_n = _listed(outputs)
         _, token, *masks = args[:6]
         ctx.backend, ctx.token, ctx.rates, ctx.states = backend, token, args[6:8], len(state_n)
@@ -261,9 +269,8 @@ def run(call: Call) -> backends.Outputs:
             )
     if _is_watched(tensors):
         return _outputs(*torch.ops.festina.recurrence(*arguments(call, backends.forced())))
-    _check_shapes(call)
     backend = _backend(call, backends.forced())
-    return _outputs(*_record(backend, call)) if _is_recorded(tensors) else backend.forward(call)
+    return _outputs(*_record(backend, call)) if _is_recorded(tensors) else _forward(backend, call)
 
 
 def run_step(cell: RecurrentBase, input: Tensor, hx: Any) -> Any:

@@ -13,7 +13,7 @@ from samples import VARIANTS, assert_same, make
 from torch import Tensor, nn
 
 import festina
-from festina import NormPlan, backends, functional, norms
+from festina import NormPlan, backends, functional, norms, ops
 
 T, B, I, H = 4, 2, 3, 5
 LAYERS = [
@@ -429,6 +429,15 @@ def test_a_parameter_of_another_shape_is_named(variant: str, backend: str) -> No
                 with pytest.raises(ValueError, match=text):
                     layer(X)
                 parameter.data = whole
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_an_operator_with_a_parameter_of_another_shape(is_recorded: bool) -> None:
+    layer = festina.LayerNormLSTM(I, H)
+    layer.weight_ih_l0 = nn.Parameter(torch.randn(60, I))
+    call = layer._call(0, X.flatten(0, 1), [torch.zeros(1, B, H), torch.zeros(1, B, H)])
+    with torch.set_grad_enabled(is_recorded), pytest.raises(ValueError, match=r"weight_ih must be \[20, 3\] for"):
+        torch.ops.festina.recurrence(*ops.arguments(call, "cpu"))
 
 
 def test_a_step_of_a_cell_with_a_parameter_of_another_shape() -> None:
