@@ -54,38 +54,6 @@ void parallel(long threads, void* context, void (*body)(void*, long, long)) {
   GOMP_parallel(member, &team, (unsigned)threads, 0);
 }
 
-}  // namespace
-
-int festina_version(void) { return FESTINA_VERSION; }
-
-int festina_bytes(const FestinaCall* call, FestinaBytes* bytes) {
-  if (check(call)) return 1;
-  FestinaCall fit = *call;
-  fit.packed = fit.saved = fit.workspace = nullptr;
-  *bytes = festina::chosen_isa()->bytes(fit);
-  return 0;
-}
-
-int festina_run(const FestinaCall* call) {
-  if (check(call)) return 1;
-  festina::chosen_isa()->run(*call, parallel);
-  return 0;
-}
-
-void* festina_allocate(uint64_t bytes) {
-  constexpr uint64_t huge_page = 2 << 20;
-  uint64_t unit = bytes < huge_page ? 64 : huge_page;
-  void* memory = aligned_alloc(unit, (bytes + unit - 1) / unit * unit);
-#ifdef MADV_HUGEPAGE
-  if (memory && unit == huge_page) madvise(memory, bytes / unit * unit, MADV_HUGEPAGE);  // not the last, half empty one
-#endif
-  return memory;
-}
-
-void festina_free(void* memory) { free(memory); }
-
-namespace {
-
 constexpr uint64_t odd = 0x9e3779b97f4a7c15;
 
 // Of all values of all parameters. Threads take blocks in turn; the sum of what the blocks give does not ask who took which.
@@ -116,6 +84,34 @@ uint64_t digest_of_all(const FestinaCall* call, const uint64_t bytes[2][FESTINA_
 }
 
 }  // namespace
+
+int festina_version(void) { return FESTINA_VERSION; }
+
+int festina_bytes(const FestinaCall* call, FestinaBytes* bytes) {
+  if (check(call)) return 1;
+  FestinaCall fit = *call;
+  fit.packed = fit.saved = fit.workspace = nullptr;
+  *bytes = festina::chosen_isa()->bytes(fit);
+  return 0;
+}
+
+int festina_run(const FestinaCall* call) {
+  if (check(call)) return 1;
+  festina::chosen_isa()->run(*call, parallel);
+  return 0;
+}
+
+void* festina_allocate(uint64_t bytes) {
+  constexpr uint64_t huge_page = 2 << 20;
+  uint64_t unit = bytes < huge_page ? 64 : huge_page;
+  void* memory = aligned_alloc(unit, (bytes + unit - 1) / unit * unit);
+#ifdef MADV_HUGEPAGE
+  if (memory && unit == huge_page) madvise(memory, bytes / unit * unit, MADV_HUGEPAGE);  // not the last, half empty one
+#endif
+  return memory;
+}
+
+void festina_free(void* memory) { free(memory); }
 
 uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], int is_whole) {
   constexpr uint64_t samples = 32;

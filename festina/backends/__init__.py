@@ -151,12 +151,10 @@ def select(case: Case, force: str = "") -> str:
     Raises:
         BackendError: `force` is unknown or cannot run the case.
     """
-    if force:
-        reason = get(force).can_run(case)
-        if reason is not None:
-            raise BackendError(f"backend {force!r} was asked for but cannot run this case: {reason}")
-        return force
-    return next(name for name, reason in reasons(case) if reason is None)
+    found = reasons(case, force)
+    if force and (reason := dict(found)[force]) is not None:
+        raise BackendError(f"backend {force!r} was asked for but cannot run this case: {reason}")
+    return next(name for name, reason in found if reason is None)
 
 
 def forced() -> str:

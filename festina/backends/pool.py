@@ -74,7 +74,11 @@ class Pool:
             address, size = self._returned.popleft()
             self._free[address] = size
             self.idle += size
-        while self.idle > self.limit:
+        self._shrink(self.limit)
+
+    def _shrink(self, most: int) -> None:
+        """Free what was unused for longest until no more than `most` bytes lie idle; under the lock."""
+        while self.idle > most:
             oldest, its_size = self._free.popitem(last=False)
             self.idle -= its_size
             core.functions().festina_free(oldest)
@@ -83,10 +87,7 @@ class Pool:
         """Free every idle buffer."""
         with self._lock:
             self._sort_in()
-            surplus, self.idle = list(self._free), 0
-            self._free.clear()
-        for address in surplus:
-            core.functions().festina_free(address)
+            self._shrink(0)
 
     def tensor(self, wanted: int) -> Tensor:
         """A `uint8` tensor on a buffer, which goes back when the last tensor on it is dropped."""

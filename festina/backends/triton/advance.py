@@ -30,6 +30,8 @@ class Plan(NamedTuple):
 
     `source` is there for Triton's cache on disk, which knows a function inside a constant by its name alone: without it
     a changed step would run as the old one.
+
+    Before Triton 3.8 a field is a constant only under a name of its own: `G: tl.constexpr = plan.G`.
     """
 
     step: Step
