@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import festina
 from festina import backends
-from festina.reference import Call
+from festina.call import Call, Case, Outputs
 
 H, REPEATS = 8, 100
 
@@ -31,15 +31,15 @@ class Null:
 
     name = "null"
 
-    def can_run(self, case: backends.Case) -> str | None:
+    def can_run(self, case: Case) -> str | None:
         return None
 
-    def forward(self, call: Call) -> backends.Outputs:
+    def forward(self, call: Call) -> Outputs:
         D, _, P = call.h_0.shape
         c_n = None if call.c_0 is None else torch.empty_like(call.c_0)
-        return call.input.new_empty(call.input.shape[0], D * P), torch.empty_like(call.h_0), c_n
+        return Outputs(call.input.new_empty(call.input.shape[0], D * P), torch.empty_like(call.h_0), c_n)
 
-    def forward_train(self, call: Call) -> tuple[backends.Outputs, list[Tensor]]:
+    def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         return self.forward(call), []
 
     def saved_like(self, call: Call) -> list[Tensor]:
@@ -48,7 +48,7 @@ class Null:
     def backward(
         self,
         call: Call,
-        outputs: backends.Outputs,
+        outputs: Outputs,
         saved: Sequence[Tensor],
         d_outputs: Sequence[Tensor | None],
         wanted: Sequence[bool],

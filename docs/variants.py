@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from festina import backends, convert, norms, reference
+from festina.call import Call, Case
 from festina.norms import NormPlan
-from festina.reference import Call
 from festina.spec import GRU, INDRNN, LSTM, CellSpec, LayerSpec
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -143,7 +143,9 @@ def run(cell: CellSpec, plan: NormPlan) -> Tensor:
         elif name in ("bias_ih", "bias_joint", "bias_inner"):
             p[name] = bias
     c_0 = h_0 if len(cell.states) > 1 else None
-    return reference.run(Call(layer, x, h_0, c_0, tuple(p[name] for name in layer.parameter_names)))[0]
+    return reference.run(
+        Call(layer=layer, input=x, h_0=h_0, c_0=c_0, parameters=tuple(p[name] for name in layer.parameter_names))
+    )[0]
 
 
 @cache
@@ -157,7 +159,7 @@ def kernels(cell: CellSpec, plan: NormPlan) -> str:
     """The backends with a kernel for the plan: those that refuse it no more than they refuse the plain cell, on any device."""
 
     def refusals(layer: LayerSpec, name: str) -> list[str | None]:
-        return [backends.get(name).can_run(backends.Case(layer, torch.float32, device)) for device in ("cpu", "cuda")]
+        return [backends.get(name).can_run(Case(layer, torch.float32, device)) for device in ("cpu", "cuda")]
 
     plain, layer = LayerSpec(cell), LayerSpec(cell, plan)
     return " ".join(name for name in backends.names() if refusals(layer, name) == refusals(plain, name))

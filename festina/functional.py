@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from festina import backends, ops, reference
+from festina import ops, reference
+from festina.call import Call, Outputs, float32_becomes
 from festina.norms import NONE, NormPlan
 from festina.packing import Lengths, pack
-from festina.reference import Call
 from festina.spec import CELLS, CellSpec, LayerSpec
 
 Parameters = Mapping[str, Tensor]
 """The parameters of one direction by name: `weight_ih`, `weight_hh`, ... as `LayerSpec.parameter_shapes` lists them."""
 
 
-def recurrence(call: Call) -> backends.Outputs:
+def recurrence(call: Call) -> Outputs:
     """Carry out a `Call` on the backend in force for it: output `[N, D·P]`, h_n `[D, B, P]`, c_n `[D, B, H]` or None.
 
     Under autocast, float32 tensors are cast to its type first. Inside a `torch.func` transform the reference runs,
@@ -110,17 +110,17 @@ def layer(
 
     output, h_n, c_n = recurrence(
         Call(
-            spec,
-            steps,
-            packing.pack_state(state[0]),
-            packing.pack_state(state[1]) if len(state) > 1 else None,
-            tuple(p[name] for p in per_direction for name in spec.parameter_names),
-            packing.batch_sizes,
-            packing.resets,
-            packed(zoneout_mask, "zoneout_mask", P),
-            packed(zoneout_cell_mask, "zoneout_cell_mask", H),
-            zoneout,
-            zoneout_cell,
+            layer=spec,
+            input=steps,
+            h_0=packing.pack_state(state[0]),
+            c_0=packing.pack_state(state[1]) if len(state) > 1 else None,
+            parameters=tuple(p[name] for p in per_direction for name in spec.parameter_names),
+            batch_sizes=packing.batch_sizes,
+            resets=packing.resets,
+            zoneout_mask=packed(zoneout_mask, "zoneout_mask", P),
+            zoneout_cell_mask=packed(zoneout_cell_mask, "zoneout_cell_mask", H),
+            zoneout=zoneout,
+            zoneout_cell=zoneout_cell,
         )
     )
     h_n = packing.unpack_state(h_n)
@@ -194,13 +194,6 @@ def check_input(steps: Tensor, input_size: int, weight: Tensor) -> None:
     if steps.shape[-1] != input_size:
         raise ValueError(f"the last axis of input must be input_size = {input_size}, got {steps.shape[-1]}")
     _check_like("input", steps, weight, "the parameters")
-
-
-def float32_becomes(device: str) -> torch.dtype:
-    """The type in which float32 tensors are computed with: autocast's, or float32 itself outside of it."""
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta device
-        return torch.float32
-    return torch.get_autocast_dtype(device)
 
 
 def _check_like(name: str, tensor: Tensor, like: Tensor, whose: str) -> None:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from festina import functional, norms
+from festina.call import Call
 from festina.norms import NormPlan
-from festina.reference import Call
 from festina.spec import CellSpec, LayerSpec
 
 # torch's own name for what a module saves beside its tensors; here, the norm plan.
@@ -152,17 +152,17 @@ class RecurrentBase(nn.Module):
             return torch.empty(shape, dtype=torch.bool, device=steps.device).bernoulli_(rate)
 
         return Call(
-            self.spec,
-            steps,
-            state[0],
-            state[1] if len(state) > 1 else None,
-            tuple(parameters),
-            batch_sizes,
-            resets,
-            mask(self.zoneout, self.output_size),
-            mask(self.zoneout_cell, self.hidden_size),
-            self.zoneout,
-            self.zoneout_cell,
+            layer=self.spec,
+            input=steps,
+            h_0=state[0],
+            c_0=state[1] if len(state) > 1 else None,
+            parameters=tuple(parameters),
+            batch_sizes=batch_sizes,
+            resets=resets,
+            zoneout_mask=mask(self.zoneout, self.output_size),
+            zoneout_cell_mask=mask(self.zoneout_cell, self.hidden_size),
+            zoneout=self.zoneout,
+            zoneout_cell=self.zoneout_cell,
         )
 
     def get_extra_state(self) -> Tensor:

@@ -24,10 +24,10 @@ from torch.export import Dim
 from torch.utils._pytree import tree_map
 
 from festina import reference
-from festina.backends import Outputs
+from festina.call import Call, Outputs
 from festina.cells import Cell
 from festina.layers import Recurrent
-from festina.reference import Call, State
+from festina.reference import State
 
 # The operator and the order of its gates, in our letters: ONNX writes iofc and zrh.
 _NATIVE = {"lstm": ("LSTM", "iofg"), "gru": ("GRU", "zrn")}
@@ -142,7 +142,7 @@ def recurrence(call: Call) -> Outputs:
         return _native(call)
     outputs, states = zip(*(_scan(call, d) for d in range(layer.directions)))
     h_n, *c_n = (torch.stack(values) for values in zip(*states))
-    return torch.cat(outputs, 1), h_n, c_n[0].to(call.input.dtype) if c_n else None
+    return Outputs(torch.cat(outputs, 1), h_n, c_n[0].to(call.input.dtype) if c_n else None)
 
 
 def _native(call: Call) -> Outputs:
@@ -169,7 +169,7 @@ def _native(call: Call) -> Outputs:
         shapes=[(x.shape[0], D, B, H), *(state.shape for state in call.state)],
     )
     output = y.transpose(1, 2).reshape(-1, D * H)
-    return output, state_n[0], state_n[1] if len(state_n) > 1 else None
+    return Outputs(output, state_n[0], state_n[1] if len(state_n) > 1 else None)
 
 
 def _scan(call: Call, d: int) -> tuple[Tensor, State]:

@@ -19,8 +19,8 @@ from torch._C._autograd import _profiler_enabled
 
 from festina import backends
 from festina.backends.eager import gradients
+from festina.call import Call, Case, Outputs
 from festina.packing import sort_rows
-from festina.reference import Call
 from festina.spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -68,22 +68,22 @@ def _call(args: Arguments) -> Call:
     _, layer, batch_sizes, resets, mask, cell_mask, zoneout, zoneout_cell, input, state, parameters = args
     h_0, *c_0 = state
     return Call(
-        LayerSpec.parse(layer),
-        input,
-        h_0,
-        c_0[0] if c_0 else None,
-        tuple(parameters),
-        batch_sizes,
-        resets,
-        mask,
-        cell_mask,
-        zoneout,
-        zoneout_cell,
+        layer=LayerSpec.parse(layer),
+        input=input,
+        h_0=h_0,
+        c_0=c_0[0] if c_0 else None,
+        parameters=tuple(parameters),
+        batch_sizes=batch_sizes,
+        resets=resets,
+        zoneout_mask=mask,
+        zoneout_cell_mask=cell_mask,
+        zoneout=zoneout,
+        zoneout_cell=zoneout_cell,
     )
 
 
 def _backend(call: Call, force: str) -> backends.Backend:
-    return backends.get(backends.select(backends.Case.of(call), force))
+    return backends.get(backends.select(Case.of(call), force))
 
 
 def _parse(args: Arguments) -> tuple[backends.Backend, Call]:
@@ -92,14 +92,14 @@ def _parse(args: Arguments) -> tuple[backends.Backend, Call]:
     return _backend(call, args[0]), call
 
 
-def _listed(outputs: backends.Outputs) -> tuple[Tensor, list[Tensor]]:
+def _listed(outputs: Outputs) -> tuple[Tensor, list[Tensor]]:
     output, h_n, c_n = outputs
     return output, [h_n] if c_n is None else [h_n, c_n]
 
 
-def _outputs(output: Tensor, state_n: Sequence[Tensor]) -> backends.Outputs:
+def _outputs(output: Tensor, state_n: Sequence[Tensor]) -> Outputs:
     """What `_listed` took apart."""
-    return output, state_n[0], state_n[1] if len(state_n) > 1 else None
+    return Outputs(output, state_n[0], state_n[1] if len(state_n) > 1 else None)
 
 
 @lru_cache(maxsize=1024)
@@ -122,13 +122,13 @@ def _check_shapes(call: Call) -> None:
             )
 
 
-def _forward(backend: backends.Backend, call: Call) -> backends.Outputs:
+def _forward(backend: backends.Backend, call: Call) -> Outputs:
     """The backend's pass, whose kernels take shapes on trust."""
     _check_shapes(call)
     return backend.forward(call)
 
 
-def _forward_train(backend: backends.Backend, call: Call) -> tuple[backends.Outputs, list[Tensor]]:
+def _forward_train(backend: backends.Backend, call: Call) -> tuple[Outputs, list[Tensor]]:
     """The same in training."""
     _check_shapes(call)
     return backend.forward_train(call)
@@ -249,7 +249,7 @@ def _is_watched(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def run(call: Call) -> backends.Outputs:
+def run(call: Call) -> Outputs:
     """Carry out a call: by the operator where somebody watches, else without the dispatcher, which costs more than a cell.
 
     Raises:
@@ -283,7 +283,15 @@ def run_step(cell: RecurrentBase, input: Tensor, hx: Any) -> Any:
     if torch.is_grad_enabled() or is_random or _is_watched((input, *state)):
         return None
     for backend in backends.steppers(backends.forced()):
-        if (found := backend.step(cell, input, state)) is not None:
+        if (
+            found := backend.step(
+                layer=cell.spec,
+                parameters=cell.layer_parameters(),
+                input=input,
+                state=state,
+                rates=(cell.zoneout, cell.zoneout_cell),
+            )
+        ) is not None:
             return tuple(found) if len(found) > 1 else found[0]
     return None
 

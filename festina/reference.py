@@ -8,78 +8,15 @@ float32 and float64 everything stays in the type of the input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from festina.call import Call, Outputs
 from festina.norms import NormPlan
 from festina.spec import LayerSpec
-
-
-@dataclass(eq=False, slots=True)
-class Call:
-    """One call of the recurrence: a whole layer, every direction, over packed steps. What every backend receives.
-
-    Packed means: rows sorted by length, the `batch_sizes[t]` active rows of step t one after the other, as in
-    `torch.nn.utils.rnn.PackedSequence`.
-
-    Args:
-        layer: what to compute.
-        input: `[N, I]`, the packed steps.
-        h_0: `[D, B, P]`.
-        c_0: `[D, B, H]` where the cell has a c, else None.
-        parameters: those of direction 0 in the order of `layer.parameter_names`, then those of direction 1.
-        batch_sizes: `[T]` int64 on the CPU, not increasing; None where every row runs to the end. A row that is never
-            active keeps its initial state.
-        resets: `[D, N]` bool: h and c are zeroed before that step, in the order of the direction; None for no reset.
-        zoneout_mask: `[D, N, P]` bool: True keeps the old h; None for the expectation at rate `zoneout`.
-        zoneout_cell_mask: `[D, N, H]` bool: True keeps the old c; None for the expectation at rate `zoneout_cell`.
-        zoneout: rate of Zoneout on h; it counts only where there is no mask.
-        zoneout_cell: rate of Zoneout on c; it counts only where there is no mask.
-    """
-
-    layer: LayerSpec
-    input: Tensor
-    h_0: Tensor
-    c_0: Tensor | None
-    parameters: tuple[Tensor, ...]
-    batch_sizes: Tensor | None = None
-    resets: Tensor | None = None
-    zoneout_mask: Tensor | None = None
-    zoneout_cell_mask: Tensor | None = None
-    zoneout: float = 0.0
-    zoneout_cell: float = 0.0
-
-    @property
-    def state(self) -> list[Tensor]:
-        """The initial states there are: h_0, and c_0 where the cell has a c."""
-        return [self.h_0] if self.c_0 is None else [self.h_0, self.c_0]
-
-    def tensors(self) -> list[Tensor]:
-        """What gradients are taken of: input, initial states, parameters."""
-        return [self.input, *self.state, *self.parameters]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Call:
-        """The same call on other `tensors()`."""
-        input, h_0, *rest = tensors
-        c_0 = None if self.c_0 is None else rest.pop(0)
-        return replace(self, input=input, h_0=h_0, c_0=c_0, parameters=tuple(rest))
-
-    def sizes(self) -> list[int]:
-        """The number of active rows of each step."""
-        if self.batch_sizes is not None:
-            return [int(size) for size in self.batch_sizes.tolist()]
-        rows = self.h_0.shape[1]
-        return [rows] * (self.input.shape[0] // rows) if rows else []
-
-    def of_direction(self, d: int) -> dict[str, Tensor]:
-        """The parameters of direction `d` by name."""
-        names = self.layer.parameter_names
-        return dict(zip(names, self.parameters[d * len(names) : (d + 1) * len(names)], strict=True))
-
 
 State = tuple[Tensor, ...]
 PreActivations = tuple[Tensor, ...]
@@ -285,8 +222,8 @@ def unroll(call: Call, d: int) -> tuple[Tensor, State]:
     return output, state
 
 
-def run(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+def run(call: Call) -> Outputs:
     """The whole call: output [N, D·P], h_n [D, B, P] and c_n [D, B, H] (None where the cell has no c)."""
     outputs, states = zip(*(unroll(call, d) for d in range(call.layer.directions)))
     h_n, *c_n = (torch.stack(values) for values in zip(*states))
-    return torch.cat(outputs, 1), h_n, c_n[0].to(call.input.dtype) if c_n else None
+    return Outputs(torch.cat(outputs, 1), h_n, c_n[0].to(call.input.dtype) if c_n else None)

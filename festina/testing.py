@@ -2,7 +2,7 @@
 
 The parity tests and the benchmarks share it, and so can the author of a backend that lives elsewhere:
 
->>> from festina import functional, norms, reference
+>>> from festina import backends, functional, norms, reference
 >>> case = Case("lstm", norms.HASTE, T=3, H=8, features=("zoneout",))
 >>> call, cotangents = case.build()
 >>> want = evaluate(reference.run, widened(call), cotangents)
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from festina import backends
+from festina import call as calls
+from festina.call import Call, Outputs
 from festina.norms import NONE, NormPlan
-from festina.reference import Call
 from festina.spec import CELLS, LayerSpec
 
 FEATURES = (
@@ -103,6 +103,10 @@ class Case:
         directions = 2 if "bidirectional" in self.features else 1
         return LayerSpec(CELLS[self.cell], self.plan, "nobias" not in self.features, self.P > 0, directions)
 
+    def on(self, device: str) -> calls.Case:
+        """What a backend is chosen by, on a device of this type."""
+        return calls.Case(self.layer, self.dtype, device)
+
     def build(self, device: torch.device | str = "cpu") -> tuple[Call, list[Tensor]]:
         """The call, and a cotangent for each of its outputs.
 
@@ -116,21 +120,21 @@ class Case:
         has_c = "c" in layer.cell.states
         rate, rate_cell = (0.3, 0.2 if has_c else 0.0) if "expectation" in self.features else (0.0, 0.0)
         call = Call(
-            layer,
-            draw.normal(N, self.I),
-            draw.normal(D, self.B, P, scale=0.5),
-            draw.normal(D, self.B, H, scale=0.5) if has_c else None,
-            tuple(
+            layer=layer,
+            input=draw.normal(N, self.I),
+            h_0=draw.normal(D, self.B, P, scale=0.5),
+            c_0=draw.normal(D, self.B, H, scale=0.5) if has_c else None,
+            parameters=tuple(
                 draw.parameter(name, shape)
                 for _ in range(D)
                 for name, shape in layer.parameter_shapes(self.I, H, P).items()
             ),
-            torch.tensor(sizes) if {"ragged", "idle"} & set(self.features) else None,
-            draw.mask(0.3, D, N) if "resets" in self.features else None,
-            draw.mask(0.4, D, N, P) if "zoneout" in self.features else None,
-            draw.mask(0.4, D, N, H) if "zoneout_cell" in self.features else None,
-            rate,
-            rate_cell,
+            batch_sizes=torch.tensor(sizes) if {"ragged", "idle"} & set(self.features) else None,
+            resets=draw.mask(0.3, D, N) if "resets" in self.features else None,
+            zoneout_mask=draw.mask(0.4, D, N, P) if "zoneout" in self.features else None,
+            zoneout_cell_mask=draw.mask(0.4, D, N, H) if "zoneout_cell" in self.features else None,
+            zoneout=rate,
+            zoneout_cell=rate_cell,
         )
         cotangents = [draw.normal(N, D * P), draw.normal(D, self.B, P)]
         return call, [*cotangents, draw.normal(D, self.B, H)] if has_c else cotangents
@@ -193,7 +197,7 @@ def result_names(call: Call) -> tuple[list[str], list[str]]:
 
 
 def evaluate(
-    run: Callable[[Call], backends.Outputs],
+    run: Callable[[Call], Outputs],
     call: Call,
     cotangents: Sequence[Tensor],
     wanted: Sequence[bool] | None = None,

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import festina
 from festina import backends, functional, norms, reference
 from festina.backends.triton import is_interpreting
-from festina.reference import Call
+from festina.call import Call
 from festina.testing import TOLERANCES, Case, assert_close, evaluate, plan_label, result_names, widened, worst
 
 # Through every path that a backend may have on its own: a plain cell, each placement, a projection, each feature.
@@ -58,7 +58,7 @@ def refusal(case: Case, backend: str) -> str | None:
     """Why the backend cannot run the case; eager runs everything."""
     if backend == "eager":
         return None
-    return backends.get(backend).can_run(backends.Case(case.layer, case.dtype, device_of(backend)))
+    return backends.get(backend).can_run(case.on(device_of(backend)))
 
 
 @lru_cache(maxsize=16)

@@ -27,7 +27,7 @@ from festina import backends, norms, ops, reference
 from festina.backends import core, cpu
 from festina.backends.cpu import CPU, saved_bytes
 from festina.backends.pool import POOL, Pool
-from festina.reference import Call
+from festina.call import Call
 from festina.testing import TOLERANCES, Case, evaluate, rms_ratio, widened, worst
 
 pytestmark = pytest.mark.skipif(core.library().reason is not None, reason=str(core.library().reason))

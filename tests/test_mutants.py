@@ -20,7 +20,8 @@ from cases import CASES
 from torch import Tensor
 
 from festina import reference
-from festina.reference import Call, total, wide
+from festina.call import Call
+from festina.reference import total, wide
 from festina.testing import TOLERANCES, assert_close, evaluate, worst
 
 TOLERANCE = TOLERANCES[torch.float32]

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import festina
 from festina import norms, reference
-from festina.reference import Call
+from festina.call import Call
 from festina.spec import CELLS
 from festina.testing import Case, result_names, widened
 

@@ -35,7 +35,7 @@ LSTM = Case("lstm", norms.HASTE, T=5, B=3, H=9)
 
 
 def refusal(case: Case, device: str = "cpu") -> str | None:
-    return TRITON.can_run(backends.Case(case.layer, case.dtype, device))
+    return TRITON.can_run(case.on(device))
 
 
 def test_it_says_why_it_does_not_run():
@@ -47,7 +47,7 @@ def test_it_says_why_it_does_not_run():
 
 
 def test_it_runs_only_when_it_is_asked_for():
-    case = backends.Case(LSTM.layer, LSTM.dtype, "cuda")
+    case = LSTM.on("cuda")
     assert "backends.use('triton') asks for it" in dict(backends.reasons(case))["triton"]
     assert backends.select(case) != "triton"
     assert backends.select(case, force="triton") == "triton"

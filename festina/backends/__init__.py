@@ -10,37 +10,21 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from festina.reference import Call
+from festina.backends.cpu import CPU
+from festina.backends.eager import EAGER
+from festina.backends.triton import TRITON
+from festina.call import Call, Case, Outputs, float32_becomes
 from festina.spec import LayerSpec
-
-if TYPE_CHECKING:
-    from festina.module import RecurrentBase
-
-Outputs = tuple[Tensor, Tensor, Tensor | None]
-"""output [N, D·P], h_n [D, B, P], c_n [D, B, H] or None where the cell has no c."""
 
 
 class BackendError(RuntimeError):
     """A backend was asked for by name and is unknown or cannot run the case."""
-
-
-class Case(NamedTuple):
-    """What a backend is chosen by: everything that is known before a number is seen."""
-
-    layer: LayerSpec
-    dtype: torch.dtype
-    device: str
-
-    @classmethod
-    def of(cls, call: Call) -> Case:
-        """The case of a call."""
-        return cls(call.layer, call.input.dtype, call.input.device.type)
 
 
 class Backend(Protocol):
@@ -77,11 +61,21 @@ class Backend(Protocol):
 class Stepper(Backend, Protocol):
     """A backend that has a shorter way for cells, which are called so often that checks cost more than kernels."""
 
-    def step(self, cell: RecurrentBase, input: Tensor, state: Sequence[Tensor]) -> list[Tensor] | None:
-        """The new states, or None, with nothing done, where this way does not serve.
+    def step(
+        self,
+        *,
+        layer: LayerSpec,
+        parameters: Sequence[Tensor],
+        input: Tensor,
+        state: Sequence[Tensor],
+        rates: tuple[float, float],
+    ) -> list[Tensor] | None:
+        """The new states, or None, with nothing done, if this way does not serve the step.
 
-        Tensors are as the cell was given them, unchecked: `[B, I]`, `[B, P]`, `[B, H]`. Nobody follows or transforms the
-        call, and no mask is to be drawn.
+        Args:
+            layer, parameters: of the cell, one direction.
+            input, state: `[B, I]`; `[B, P]` and, if the cell has a c, `[B, H]`. They are as the user gave them, unchecked.
+            rates: of Zoneout on h and on c, by the expectation.
         """
 
 
@@ -91,15 +85,13 @@ ON_REQUEST = {"triton": "slower than cuDNN at most sizes (docs/gpu.md); backends
 _forced = os.environ.get("FESTINA_BACKEND", "")
 
 
-@cache
-def registry() -> dict[str, Backend]:
-    """Every backend by name, best first. A new one is a line here."""
-    from festina.backends.cpu import CPU
-    from festina.backends.eager import EAGER
-    from festina.backends.triton import TRITON
+_LISTED: tuple[Backend, ...] = (TRITON, CPU, EAGER)
+_REGISTRY = {backend.name: backend for backend in _LISTED}
 
-    listed: tuple[Backend, ...] = (TRITON, CPU, EAGER)
-    return {backend.name: backend for backend in listed}
+
+def registry() -> dict[str, Backend]:
+    """Every backend by name, best first. A new one is a name in `_LISTED`."""
+    return _REGISTRY
 
 
 @cache
@@ -183,24 +175,29 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def explain(layer: RecurrentBase, input: Tensor | PackedSequence) -> list[tuple[str, str | None]]:
+class HasSpec(Protocol):
+    """A layer or a cell."""
+
+    spec: LayerSpec
+
+
+def explain(layer: HasSpec, input: Tensor | PackedSequence) -> list[tuple[str, str | None]]:
     """Each backend with None if it runs `layer` on `input`, else with the reason why not; the first None is chosen.
 
-    What is true where this is called: inside `use`, under `FESTINA_BACKEND`, under autocast. A forced backend that cannot
-    run the case leaves no None, and the layer raises.
+    The answer holds where this is called: inside `use`, under `FESTINA_BACKEND`, under autocast. A forced backend that
+    cannot run the case leaves no None, and the layer raises.
 
     Raises:
-        TypeError: `layer` is none of Festina's.
+        TypeError: `layer` is none of Festina's layers and cells.
         BackendError: `FESTINA_BACKEND` names no backend.
 
     >>> import festina, torch
     >>> explain(festina.LayerNormLSTM(3, 4), torch.zeros(5, 2, 3))[-1]
     ('eager', None)
     """
-    from festina import functional, module  # which need this module
-
-    if not isinstance(layer, module.RecurrentBase):
+    spec = getattr(layer, "spec", None)
+    if not isinstance(spec, LayerSpec):
         raise TypeError(f"layer must be one of Festina's layers or cells, got {type(layer).__name__}")
     tensor = input.data if isinstance(input, PackedSequence) else input
-    dtype = functional.float32_becomes(tensor.device.type) if tensor.dtype == torch.float32 else tensor.dtype
-    return reasons(Case(layer.spec, dtype, tensor.device.type), forced())
+    dtype = float32_becomes(tensor.device.type) if tensor.dtype == torch.float32 else tensor.dtype
+    return reasons(Case(spec, dtype, tensor.device.type), forced())

@@ -8,20 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
-from festina import backends
-from festina.backends import Case, Outputs, core
+from festina.backends import core
 from festina.backends.pool import POOL
-from festina.reference import Call
+from festina.call import Call, Case, Outputs
 from festina.spec import LayerSpec
-
-if TYPE_CHECKING:
-    from festina.module import RecurrentBase
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 CELLS = ("lstm", "gru", "gru_joint", "indrnn", "indrnn_relu")
@@ -205,7 +201,7 @@ def new_outputs(call: Call, args: core.FestinaCall) -> Outputs:
     args.output, args.h_n = output.data_ptr(), h_n.data_ptr()
     if c_n is not None:
         args.c_n = c_n.data_ptr()
-    return output, h_n, c_n
+    return Outputs(output, h_n, c_n)
 
 
 class Ready(NamedTuple):
@@ -350,18 +346,25 @@ class Cpu:
             self._packed.put(call, marks, args, packed)
         return outputs
 
-    def step(self, cell: RecurrentBase, input: Tensor, state: Sequence[Tensor]) -> list[Tensor] | None:
-        parameters = cell.layer_parameters()  # held while the core reads them
-        found = self._packed.find(cell.spec, parameters, marks_of(parameters))
+    def step(
+        self,
+        *,
+        layer: LayerSpec,
+        parameters: Sequence[Tensor],
+        input: Tensor,
+        state: Sequence[Tensor],
+        rates: tuple[float, float],
+    ) -> list[Tensor] | None:
+        found = self._packed.find(layer, parameters, marks_of(parameters))
         if found is None or not (input.is_cpu and input.is_contiguous()) or _is_any_autocast_enabled():
             return None
         dtype = input.dtype
-        key = (input.shape, dtype, cell.zoneout, cell.zoneout_cell, torch.get_num_threads())
+        key = (input.shape, dtype, rates, torch.get_num_threads())
         ready: Ready | None
         try:
             ready = found.ready[key].pop()
         except LookupError:
-            ready = self._make_ready(cell, parameters, input, found)
+            ready = self._make_ready(layer, parameters, input, rates, found)
         if ready is None or len(state) != len(ready.shapes):
             return None
         for tensor, shape in zip(state, ready.shapes):
@@ -380,20 +383,26 @@ class Cpu:
         found.put_back(key, ready)
         return outputs
 
-    def _make_ready(self, cell: RecurrentBase, parameters: list[Tensor], input: Tensor, found: Packed) -> Ready | None:
-        """What steps of these sizes have in common; None for what is refused, or done by another backend."""
-        layer = cell.spec
+    def _make_ready(
+        self,
+        layer: LayerSpec,
+        parameters: Sequence[Tensor],
+        input: Tensor,
+        rates: tuple[float, float],
+        found: Packed,
+    ) -> Ready | None:
+        """What steps of these sizes have in common; None for what is refused."""
         if input.dim() != 2:
             return None
         B, I = input.shape
         weight = parameters[0]
         is_fit = B > 0 and weight.shape[1] == I and all(p.dtype == input.dtype and p.is_cpu for p in parameters)
-        if not is_fit or backends.select(Case(layer, input.dtype, "cpu")) != self.name:
+        if not is_fit or self.can_run(Case(layer, input.dtype, "cpu")) is not None:
             return None
         H = weight.shape[0] // len(layer.cell.gates)
         P = parameters[layer.parameter_names.index("weight_hr")].shape[0] if layer.projected else H
-        call = Call(layer, input, input.new_empty(1, B, P), None, tuple(parameters))
-        call.zoneout, call.zoneout_cell = cell.zoneout, cell.zoneout_cell
+        call = Call(layer=layer, input=input, h_0=input.new_empty(1, B, P), parameters=tuple(parameters))
+        call.zoneout, call.zoneout_cell = rates
         args, common = struct_of(call, core.INFERENCE, Pointers())
         workspace = POOL.tensor(common.workspace)
         args.packed, args.is_packed, args.workspace = found.buffer.data_ptr(), 1, workspace.data_ptr()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from festina import reference
-from festina.backends import Case, Outputs
-from festina.reference import Call
+from festina.call import Call, Case, Outputs
 
 
 class Eager:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import festina
 from festina import backends, reference
+from festina.call import Call, Case
 from festina.cli import UsageError, missing
 from festina.cli.measure import Race, Work, commit, gemm_peak, machine, race
 from festina.norms import PLANS
@@ -215,7 +216,9 @@ class Loop(nn.Module):
         T, B, _ = x.shape
         zeros = x.new_zeros(1, B, self.layer.hidden_size)
         c_0 = zeros if "c" in self.layer.spec.cell.states else None
-        call = reference.Call(self.layer.spec, x.flatten(0, 1), zeros, c_0, tuple(self.layer.parameters()))
+        call = Call(
+            layer=self.layer.spec, input=x.flatten(0, 1), h_0=zeros, c_0=c_0, parameters=tuple(self.layer.parameters())
+        )
         output, h_n, _ = reference.run(call)
         return output.view(T, B, -1), h_n
 
@@ -288,7 +291,7 @@ def record(point: Point, name: str, device: str, found: Race, conditions: dict[s
     ours = found.time_us["festina"]
     layer, _ = layers(point, "meta")
     gflops = point.gflop(name) / (ours.median * 1e-6)
-    backend = backends.select(backends.Case(layer.spec, DTYPES[point.dtype], device), backends.forced())
+    backend = backends.select(Case(layer.spec, DTYPES[point.dtype], device), backends.forced())
     return {
         "case": str(point),
         "pass": name,

@@ -13,8 +13,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from festina.backends import Case, Outputs
-from festina.reference import Call
+from festina.call import Call, Case, Outputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,7 +13,7 @@ from festina import reference
 from festina.backends.triton.advance import Around, Plan, Weights
 from festina.backends.triton.launch import block, launch, programs, rows_per_program
 from festina.backends.triton.norm import rows_backward, rows_forward
-from festina.reference import Call
+from festina.call import Call
 
 STRIP = 64
 """Rows over which one program adds up the gradients of gain and shift."""

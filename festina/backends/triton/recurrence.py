@@ -14,11 +14,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from festina.backends import Outputs
 from festina.backends.triton import loop, step
 from festina.backends.triton.advance import Chunk
 from festina.backends.triton.direction import Direction, Gradients, Run
-from festina.reference import Call
+from festina.call import Call, Outputs
 
 
 def tier(direction: Direction) -> ModuleType:
@@ -59,7 +58,7 @@ def forward(call: Call, c: Tensor | None) -> Outputs:
                         direction, run, x, run.start - here.start, h_n[d], None if c_n is None else c_n[d],
                         output[:, d * P :], None if c is None else c[d],
                     )  # fmt: skip
-    return output, h_n, None if c_n is None else c_n.to(input.dtype)
+    return Outputs(output, h_n, None if c_n is None else c_n.to(input.dtype))
 
 
 def gradient_of(state: Tensor, last: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import festina
 from festina import backends
+from festina.call import Case
 from festina.cli.demo.text import UNKNOWN
 from festina.layers import Recurrent
 
@@ -56,7 +57,7 @@ def backend_of(model: CharacterModel, device: torch.device) -> str:
     layer = model.recurrent
     if not isinstance(layer, Recurrent):
         return "torch"
-    return backends.select(backends.Case(layer.spec, torch.float32, device.type), backends.forced())
+    return backends.select(Case(layer.spec, torch.float32, device.type), backends.forced())
 
 
 @torch.no_grad()
