@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from festina import functional, norms, ops, spec
+from festina import dispatch, norms, spec
+from festina.checks import check_input, check_resets, check_state
 from festina.module import RecurrentBase
 from festina.norms import NormPlan
-from festina.packing import check_resets
-
-if TYPE_CHECKING:
-    from festina.layers import Recurrent
 
 
 class Cell(RecurrentBase):
@@ -49,25 +46,25 @@ class Cell(RecurrentBase):
     ) -> None:
         plan = self.default_norm if norm is None else norm
         super().__init__(
-            input_size,
-            hidden_size,
-            proj_size,
-            spec.LayerSpec(self.cell_spec, plan, bias, proj_size != 0),
-            [[""]],
-            zoneout,
-            zoneout_cell,
-            dropconnect,
-            forget_bias,
-            device,
-            dtype,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            proj_size=proj_size,
+            spec=spec.LayerSpec(self.cell_spec, plan, bias, proj_size != 0),
+            suffixes=[[""]],
+            zoneout=zoneout,
+            zoneout_cell=zoneout_cell,
+            dropconnect=dropconnect,
+            forget_bias=forget_bias,
+            device=device,
+            dtype=dtype,
         )
 
     @classmethod
-    def sharing(cls, layer: Recurrent, index: int, reverse: bool) -> Cell:
+    def sharing(cls, layer: RecurrentBase, index: int, reverse: bool) -> Cell:
         """The cell of one direction of layer `index`, on the same parameters; users call `layer.cell`."""
         spec, D = layer.spec, layer.spec.directions
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the layer has said it
+            warnings.simplefilter("ignore")  # the layer has warned already
             cell = cls(
                 layer.output_size * D if index else layer.input_size,
                 layer.hidden_size,
@@ -106,22 +103,35 @@ class Cell(RecurrentBase):
         """
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
-        if resets is None and (state_n := ops.run_step(self, input, hx)) is not None:
-            return state_n
+        parameters = self.layer_parameters()
+        if resets is None and not (self.training and (self.zoneout or self.zoneout_cell or self.dropconnect)):
+            new = dispatch.step(
+                layer=self.spec,
+                parameters=parameters,
+                input=input,
+                state=hx if isinstance(hx, tuple) and len(hx) > 1 else (hx,),
+                rates=(self.zoneout, self.zoneout_cell),
+            )
+            if new is not None:
+                return tuple(new) if len(new) > 1 else new[0]
         if input.dim() not in (1, 2):
             raise ValueError(f"input must be 2-D, [B, I], or 1-D, [I], got {input.dim()}-D {list(input.shape)}")
         is_batched = input.dim() == 2
         steps = input if is_batched else input.unsqueeze(0)
+        check_input(steps, self.input_size, parameters[0])
         B = steps.shape[0]
-        functional.check_input(steps, self.input_size, self.layer_parameters()[0])
         axes = {"B": B} if is_batched else {}
-        state = functional.initial_state(self.spec.cell, hx, axes, (1, B), (self.output_size, self.hidden_size), steps)
+        if hx is None:
+            state = [steps.new_zeros(1, B, width) for _, width in zip(self.cell_spec.states, self.state_widths)]
+        else:
+            given = check_state(self.cell_spec, hx, axes, self.state_widths, steps)
+            state = [s.unsqueeze(0) if is_batched else s.view(1, 1, -1) for s in given]
         if resets is not None:
             check_resets(resets, tuple(axes.values()), "[B]" if is_batched else "[]", input.device)
             resets = resets.reshape(1, B)
-        _, h, c = functional.recurrence(self._call(0, steps, state, resets=resets))
-        extra = (0,) if is_batched else (0, 1)
-        return h.squeeze(extra) if c is None else (h.squeeze(extra), c.squeeze(extra))
+        h, _, c_n = dispatch.run(self._call(parameters, steps, state, resets=resets))
+        h = h if is_batched else h.squeeze(0)  # the output of one step is the new h
+        return h if c_n is None else (h, c_n.squeeze(0) if is_batched else c_n.squeeze((0, 1)))
 
 
 class LSTMCell(Cell):

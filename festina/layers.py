@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from festina import cells, functional, norms, spec
+from festina import cells, dispatch, norms, spec
+from festina.checks import Lengths, check_counts, check_flags, check_input, check_rates
 from festina.module import RecurrentBase
 from festina.norms import NormPlan
-from festina.packing import Lengths, pack
+from festina.sequences import InitialState, pack
 
 
 class Recurrent(RecurrentBase):
@@ -61,28 +62,25 @@ class Recurrent(RecurrentBase):
         dropconnect: float = 0.0,
         forget_bias: float | None = None,
     ) -> None:
-        if isinstance(num_layers, bool) or not isinstance(num_layers, int):
-            raise TypeError(f"num_layers must be an int, got {type(num_layers).__name__}")
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
-        functional.check_rates(self.cell_spec, dropout=dropout)
-        functional.check_flags(batch_first=batch_first, bidirectional=bidirectional)
+        check_counts(num_layers=num_layers)
+        check_rates(self.cell_spec, dropout=dropout)
+        check_flags(batch_first=batch_first, bidirectional=bidirectional)
         if dropout and num_layers == 1:
             warnings.warn(f"dropout={dropout} acts between layers, and there is only one layer", stacklevel=2)
         plan = self.default_norm if norm is None else norm
         ends = ["", "_reverse"] if bidirectional else [""]
         super().__init__(
-            input_size,
-            hidden_size,
-            proj_size,
-            spec.LayerSpec(self.cell_spec, plan, bias, proj_size != 0, len(ends)),
-            [[f"_l{layer}{end}" for end in ends] for layer in range(num_layers)],
-            zoneout,
-            zoneout_cell,
-            dropconnect,
-            forget_bias,
-            device,
-            dtype,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            proj_size=proj_size,
+            spec=spec.LayerSpec(self.cell_spec, plan, bias, proj_size != 0, len(ends)),
+            suffixes=[[f"_l{layer}{end}" for end in ends] for layer in range(num_layers)],
+            zoneout=zoneout,
+            zoneout_cell=zoneout_cell,
+            dropconnect=dropconnect,
+            forget_bias=forget_bias,
+            device=device,
+            dtype=dtype,
         )
         self.num_layers = num_layers
         self.batch_first = batch_first
@@ -121,14 +119,10 @@ class Recurrent(RecurrentBase):
             raise IndexError("reverse=True asks for the reverse direction, but the layer is not bidirectional")
         return self.cell_class.sharing(self, layer, reverse)
 
-    def cell_options(self) -> dict[str, Any]:
-        """What the constructor of this layer's cell wants beyond what every cell wants."""
-        return {}
-
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: Any = None,
+        hx: InitialState | None = None,
         *,
         lengths: Lengths | None = None,
         resets: Tensor | None = None,
@@ -150,29 +144,30 @@ class Recurrent(RecurrentBase):
         Raises:
             TypeError, ValueError: an argument is of a wrong type, shape, dtype, device or range.
         """
-        D = self.spec.directions
+        D, L = self.spec.directions, self.num_layers
         steps, packing = pack(input, D, self.batch_first, lengths, resets)
-        functional.check_input(steps, self.input_size, getattr(self, self._names[0][0]))
-        state = functional.initial_state(
-            self.spec.cell,
-            hx,
-            packing.state_axes({"num_layers * num_directions": self.num_layers * D}),
-            (self.num_layers * D, packing.B),
-            (self.output_size, self.hidden_size),
-            steps,
-        )
-        state = [packing.pack_state(s) for s in state]
-        finals: list[list[Tensor]] = [[] for _ in state]
-        for layer in range(self.num_layers):
-            if layer and self.dropout:
-                steps = F.dropout(steps, self.dropout, self.training)
-            here = [s[layer * D : (layer + 1) * D] for s in state] if self.num_layers > 1 else state
-            steps, *last = functional.recurrence(self._call(layer, steps, here, packing.batch_sizes, packing.resets))
-            for final, value in zip(finals, last):
-                if value is not None:
-                    final.append(value)
-        state_n = [packing.unpack_state(torch.cat(final) if len(final) > 1 else final[0]) for final in finals]
-        return packing.unpack(steps), state_n[0] if len(state_n) == 1 else tuple(state_n)
+        lead = ("num_layers * num_directions", L * D)
+        parameters = self.layer_parameters()
+        check_input(steps, self.input_size, parameters[0])
+        state = packing.initial_state(self.spec.cell, hx, lead=lead, widths=self.state_widths, steps=steps)
+        finals: list[list[Tensor]] = []
+        for index in range(L):
+            if index:
+                parameters = self.layer_parameters(index)
+                if self.dropout:
+                    steps = F.dropout(steps, self.dropout, self.training)
+            call = self._call(
+                parameters,
+                steps,
+                state if L == 1 else [s[index * D : (index + 1) * D] for s in state],
+                batch_sizes=packing.batch_sizes,
+                is_active=packing.is_active,
+                resets=packing.resets,
+            )
+            steps, *final = dispatch.run(call)
+            finals.append([last for last in final if last is not None])
+        states = finals[0] if L == 1 else [torch.cat(of_all) for of_all in zip(*finals)]
+        return packing.unpack(steps), packing.final_state(states)
 
 
 class LSTM(Recurrent):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from festina import functional, norms
+from festina import norms
 from festina.call import Call
+from festina.checks import check_counts, check_flags, check_forget_bias, check_proj_size, check_rates
 from festina.norms import NormPlan
 from festina.spec import CellSpec, LayerSpec
 
@@ -34,6 +36,7 @@ class RecurrentBase(nn.Module):
 
     def __init__(
         self,
+        *,
         input_size: int,
         hidden_size: int,
         proj_size: int,
@@ -47,29 +50,16 @@ class RecurrentBase(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size), ("proj_size", proj_size)):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if proj_size < 0 or proj_size >= hidden_size:
-            raise ValueError(f"proj_size must lie in [0, hidden_size) = [0, {hidden_size}), got {proj_size}")
-        if proj_size and not spec.cell.projects:
-            raise ValueError(f"proj_size must be 0: the {spec.cell.name} cell has no projection, got {proj_size}")
-        functional.check_flags(bias=spec.bias)
-        functional.check_rates(spec.cell, zoneout=zoneout, zoneout_cell=zoneout_cell, dropconnect=dropconnect)
-        if forget_bias is not None and not (
-            isinstance(forget_bias, (int, float)) and not isinstance(forget_bias, bool) and math.isfinite(forget_bias)
-        ):
-            raise ValueError(f"forget_bias must be a finite number, got {forget_bias!r}")
-        if forget_bias and "f" not in spec.cell.gates:
-            raise ValueError(f"forget_bias must be 0: the {spec.cell.name} cell has no forget gate, got {forget_bias}")
+        check_counts(input_size=input_size, hidden_size=hidden_size)
+        check_proj_size(spec.cell, proj_size, hidden_size)
+        check_flags(bias=spec.bias)
+        check_rates(spec.cell, zoneout=zoneout, zoneout_cell=zoneout_cell, dropconnect=dropconnect)
+        check_forget_bias(spec.cell, forget_bias)
         if input_size == 1 and spec.plan.placement == "separate" and not spec.plan.inner_bias:
             warnings.warn(
-                "a norm on the projection of a single input feature erases its size: N(w·x) = sign(x)·N(w); "
-                "put a linear layer in front, or choose a plan without a norm on the input, such as norms.NONE or a "
-                "joint one",
+                "a norm on the product with a single input feature removes its magnitude, N(w·x) = sign(x)·N(w): only "
+                "sign(x) survives; put a linear layer in front, or choose a plan without a norm on the input, such as "
+                "norms.NONE or a joint one",
                 stacklevel=3,
             )
         self.input_size = input_size
@@ -95,8 +85,13 @@ class RecurrentBase(nn.Module):
 
     @property
     def output_size(self) -> int:
-        """What h is wide: proj_size, or hidden_size without a projection."""
+        """The width of h: proj_size, or hidden_size without a projection."""
         return self.proj_size or self.hidden_size
+
+    @property
+    def state_widths(self) -> tuple[int, int]:
+        """(P, H), the widths of h and c."""
+        return self.proj_size or self.hidden_size, self.hidden_size
 
     @property
     def norm(self) -> NormPlan:
@@ -132,25 +127,25 @@ class RecurrentBase(nn.Module):
 
     def _call(
         self,
-        layer: int,
+        parameters: list[Tensor],
         steps: Tensor,
-        state: list[Tensor],
+        state: Sequence[Tensor],
+        *,
         batch_sizes: Tensor | None = None,
+        is_active: Tensor | None = None,
         resets: Tensor | None = None,
     ) -> Call:
         """The call of one layer; in training, DropConnect's and Zoneout's masks are drawn here."""
-        parameters = self.layer_parameters(layer)
-        if self.training and self.dropconnect:
-            per_direction = len(self.spec.parameter_names)
-            for at in range(self.spec.parameter_names.index("weight_hh"), len(parameters), per_direction):
-                parameters[at] = F.dropout(parameters[at], self.dropconnect, training=True)
-
-        def mask(rate: float, width: int) -> Tensor | None:
-            if not (self.training and rate):
-                return None
-            shape = (self.spec.directions, steps.shape[0], width)
-            return torch.empty(shape, dtype=torch.bool, device=steps.device).bernoulli_(rate)
-
+        zoneout_mask = zoneout_cell_mask = None
+        if self.training:
+            if self.dropconnect:
+                names = self.spec.parameter_names
+                for index in range(names.index("weight_hh"), len(parameters), len(names)):
+                    parameters[index] = F.dropout(parameters[index], self.dropconnect, training=True)
+            if self.zoneout:
+                zoneout_mask = self._mask(self.zoneout, steps, self.output_size)
+            if self.zoneout_cell:
+                zoneout_cell_mask = self._mask(self.zoneout_cell, steps, self.hidden_size)
         return Call(
             layer=self.spec,
             input=steps,
@@ -158,12 +153,22 @@ class RecurrentBase(nn.Module):
             c_0=state[1] if len(state) > 1 else None,
             parameters=tuple(parameters),
             batch_sizes=batch_sizes,
+            is_active=is_active,
             resets=resets,
-            zoneout_mask=mask(self.zoneout, self.output_size),
-            zoneout_cell_mask=mask(self.zoneout_cell, self.hidden_size),
+            zoneout_mask=zoneout_mask,
+            zoneout_cell_mask=zoneout_cell_mask,
             zoneout=self.zoneout,
             zoneout_cell=self.zoneout_cell,
         )
+
+    def _mask(self, rate: float, steps: Tensor, width: int) -> Tensor:
+        """`[D, N, width]` bool, True at `rate`."""
+        shape = (self.spec.directions, steps.shape[0], width)
+        return torch.empty(shape, dtype=torch.bool, device=steps.device).bernoulli_(rate)
+
+    def cell_options(self) -> dict[str, Any]:
+        """What the constructor of this layer's cell takes beyond the arguments of every cell."""
+        return {}
 
     def get_extra_state(self) -> Tensor:
         """The plan as bytes. A method of this name is how torch.distributed.checkpoint knows that there is more to send."""

@@ -1,9 +1,6 @@
 """ONNX: `export` writes a model whose recurrence is one ONNX operator, with T and B left open.
 
-A plain LSTM or GRU becomes the ONNX operator of that name. Everything else becomes a Scan, whose body is traced from
-`festina.reference.advance`: every cell and every plan, without the equations being told again. Scan and the native
-operators walk over padded steps, so inside an export `festina.packing` lays a batch out as it stands and says by a mask
-which rows run at which step.
+A plain LSTM or GRU becomes the ONNX operator of that name, everything else a Scan (`festina.backends.export`).
 
 `torch.onnx.export(model, ..., dynamo=True)` does the same to a model that holds such layers; `export` adds the defaults.
 """
@@ -19,18 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.scan import scan
 from torch.export import Dim
 from torch.utils._pytree import tree_map
 
-from festina import reference
-from festina.call import Call, Outputs
 from festina.cells import Cell
 from festina.layers import Recurrent
-from festina.reference import State
-
-# The operator and the order of its gates, in our letters: ONNX writes iofc and zrh.
-_NATIVE = {"lstm": ("LSTM", "iofg"), "gru": ("GRU", "zrn")}
 
 _NEEDS = ("onnx", "onnxscript")
 
@@ -127,70 +117,3 @@ def _axes(module: nn.Module, examples: Mapping[str, Any]) -> dict[str, str]:
         steps = rows + "T" if module.batch_first else "T" + rows
         return {"input": steps + "I", "hx": "L" + rows + "H", "lengths": "B", "resets": steps}
     return {}
-
-
-def recurrence(call: Call) -> Outputs:
-    """`festina.functional.recurrence` inside an export: T · B padded steps, `call.batch_sizes` None or which rows run.
-
-    Args:
-        call: `batch_sizes` is None, or `[T, B]` bool, the mask that `festina.packing` makes in an export.
-    """
-    layer, rates = call.layer, (call.zoneout, call.zoneout_cell)
-    is_plain = layer.plan.is_none and not layer.projected and call.resets is None
-    # float32 is the one type in which every runtime has the native operators.
-    if layer.cell.name in _NATIVE and is_plain and not any(rates) and call.input.dtype == torch.float32:
-        return _native(call)
-    outputs, states = zip(*(_scan(call, d) for d in range(layer.directions)))
-    h_n, *c_n = (torch.stack(values) for values in zip(*states))
-    return Outputs(torch.cat(outputs, 1), h_n, c_n[0].to(call.input.dtype) if c_n else None)
-
-
-def _native(call: Call) -> Outputs:
-    """One ONNX LSTM or GRU, both directions."""
-    layer, (D, B, H) = call.layer, call.h_0.shape
-    op, gates = _NATIVE[layer.cell.name]
-    sides = [call.of_direction(d) for d in range(D)]
-
-    def in_order(name: str) -> Tensor:
-        return torch.stack([torch.cat([p[name][layer.cell.rows(gate, H)] for gate in gates]) for p in sides])
-
-    x = call.input.view(-1, B, call.input.shape[1])
-    lengths = None if call.batch_sizes is None else call.batch_sizes.sum(0, dtype=torch.int32)
-    bias = torch.cat([in_order("bias_ih"), in_order("bias_hh")], 1) if layer.bias else None
-    y, *state_n = torch.onnx.ops.symbolic_multi_out(
-        op,
-        (x, in_order("weight_ih"), in_order("weight_hh"), bias, lengths, *call.state),
-        {
-            "hidden_size": H,
-            "direction": "bidirectional" if D == 2 else "forward",
-            **({"linear_before_reset": 1} if op == "GRU" else {}),
-        },
-        dtypes=[call.input.dtype] * (1 + len(call.state)),
-        shapes=[(x.shape[0], D, B, H), *(state.shape for state in call.state)],
-    )
-    output = y.transpose(1, 2).reshape(-1, D * H)
-    return Outputs(output, state_n[0], state_n[1] if len(state_n) > 1 else None)
-
-
-def _scan(call: Call, d: int) -> tuple[Tensor, State]:
-    """Direction `d` of a call as a scan over its steps: output [T·B, P] and the last state."""
-    layer, p, rates = call.layer, call.of_direction(d), (call.zoneout, call.zoneout_cell)
-    B = call.h_0.shape[1]
-    x = reference.project(layer, call.input, p)
-    given = {
-        "x": x.view(-1, B, *x.shape[1:]),
-        "runs": call.batch_sizes,
-        "resets": None if call.resets is None else call.resets[d].view(-1, B),
-    }
-
-    def step(state: State, here: dict[str, Tensor]) -> tuple[State, Tensor]:
-        new = reference.advance(layer, here["x"], state, p, here.get("resets"), (None, None), rates)
-        if "runs" not in here:
-            return new, new[0].clone()
-        runs = here["runs"].unsqueeze(1)
-        new = tuple(torch.where(runs, now, was) for now, was in zip(new, state))
-        return new, torch.where(runs, new[0], torch.zeros_like(new[0]))
-
-    initial = (call.h_0[d].clone(), *(reference.wide(c[d].clone()) for c in call.state[1:]))
-    state, output = scan(step, initial, {name: t for name, t in given.items() if t is not None}, reverse=d == 1)
-    return output.view(-1, output.shape[2]), state

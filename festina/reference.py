@@ -115,14 +115,14 @@ def norm_c(c: Tensor, plan: NormPlan, p: dict[str, Tensor]) -> Tensor:
     return normalize(c.unsqueeze(-2), whole, p["gain_c"], p.get("bias_c")).squeeze(-2)
 
 
-def recur(layer: LayerSpec, h: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """What h contributes to a step: [B, P] to [B, G, H], not yet normalised."""
+def recurrent_product(layer: LayerSpec, h: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """W_hh h: [B, P] to [B, G, H], not yet normalised."""
     product = h * p["weight_hh"] if layer.cell.diagonal else F.linear(h, p["weight_hh"], p.get("bias_inner_hh"))
     return product.view(h.shape[0], len(layer.cell.gates), -1)
 
 
-def meet(layer: LayerSpec, x: Tensor, product: Tensor, p: dict[str, Tensor]) -> PreActivations:
-    """x's part of `project` and h's product, normalised and shifted: a pair, or their one sum where the norm is joint."""
+def pre_activations(layer: LayerSpec, x: Tensor, product: Tensor, p: dict[str, Tensor]) -> PreActivations:
+    """`input_product` and `recurrent_product`, normalised and shifted: a pair, or their one sum if the norm is joint."""
     plan = layer.plan
     if plan.placement == "joint":
         return (normalize(x + product, plan, p["gain_joint"], p.get("bias_joint")),)
@@ -134,19 +134,21 @@ def meet(layer: LayerSpec, x: Tensor, product: Tensor, p: dict[str, Tensor]) -> 
 
 
 def reset_early(layer: LayerSpec, pre: PreActivations, product: Tensor, h: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """h's product with the reset gate in its last block, the candidate's; the gate is that of `pre`, order r z n."""
+    """The recurrent product with the reset gate applied to its last block, the candidate's; `pre` gives the gate, r z n."""
     r = torch.sigmoid(total(pre)[:, 0])
-    again = recur(layer, (r * h).to(h.dtype), p) if layer.plan.reset == "state" else r.unsqueeze(1) * product
+    again = (
+        recurrent_product(layer, (r * h).to(h.dtype), p) if layer.plan.reset == "state" else r.unsqueeze(1) * product
+    )
     return torch.cat([wide(product)[:, :-1], wide(again)[:, -1:]], 1)
 
 
-def step(layer: LayerSpec, x: Tensor, state: State, p: dict[str, Tensor]) -> State:
-    """One step of one direction: x [B, G, H], this step's part of `project`; to (h [B, P], [c]) before Zoneout."""
+def cell_step(layer: LayerSpec, x: Tensor, state: State, p: dict[str, Tensor]) -> State:
+    """x [B, G, H], this step's rows of `input_product`, and the old state to (h [B, P], [c]), before Zoneout."""
     plan, h = layer.plan, state[0]
-    product = recur(layer, h, p)
-    pre = meet(layer, x, product, p)
+    product = recurrent_product(layer, h, p)
+    pre = pre_activations(layer, x, product, p)
     if plan.reset != "normed":
-        pre = meet(layer, x, reset_early(layer, pre, product, h, p), p)
+        pre = pre_activations(layer, x, reset_early(layer, pre, product, h, p), p)
 
     if "c" in layer.cell.states:
         update, emit = HALVES[layer.step]
@@ -161,8 +163,8 @@ def step(layer: LayerSpec, x: Tensor, state: State, p: dict[str, Tensor]) -> Sta
     return (F.linear(new[0], p["weight_hr"]), *new[1:]) if layer.projected else new
 
 
-def project(layer: LayerSpec, input: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """What x contributes to every step at once: [N, I] to [N, G, H], normalised and shifted unless the norm is joint."""
+def input_product(layer: LayerSpec, input: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """W_ih x of every step at once: [N, I] to [N, G, H], normalised and shifted unless the norm is joint."""
     gates = len(layer.cell.gates)
     H = p["weight_ih"].shape[0] // gates
     x = wide(F.linear(input, p["weight_ih"], p.get("bias_inner"))).view(-1, gates, H)
@@ -178,30 +180,31 @@ def zoneout(old: Tensor, new: Tensor, mask: Tensor | None, rate: float) -> Tenso
     return rate * old + (1 - rate) * new if rate else new
 
 
-def advance(
+def step(
     layer: LayerSpec,
     x: Tensor,
     state: State,
     p: dict[str, Tensor],
+    *,
     resets: Tensor | None,
     masks: Sequence[Tensor | None],
     rates: Sequence[float],
 ) -> State:
-    """`step`, a reset before it and Zoneout after it. resets [B] bool; masks [B, P], [B, H] and rates of h and c."""
+    """One step of one direction: reset, `cell_step`, Zoneout. resets [B] bool; masks [B, P], [B, H] and rates of h and c."""
     if resets is not None:
         state = tuple(torch.where(resets.unsqueeze(1), torch.zeros_like(s), s) for s in state)
-    new = step(layer, x, state, p)
+    new = cell_step(layer, x, state, p)
     return tuple(zoneout(was, now, mask, rate) for was, now, mask, rate in zip(state, new, masks, rates))
 
 
 def unroll(call: Call, d: int) -> tuple[Tensor, State]:
     """Direction `d` of a call: output [N, P], and every row's own last state.
 
-    Direction 1 takes the steps from the last to the first; a row joins at its own end. Rows that are not active keep
-    their state, which serves finished rows and rows yet to begin alike.
+    Direction 1 takes the steps from the last to the first; a row joins at its own end. Rows that are not active, before
+    their first step or after their last, keep their state.
     """
     p, sizes = call.of_direction(d), call.sizes()
-    x = project(call.layer, call.input, p)
+    x = input_product(call.layer, call.input, p)
     state: State = (call.h_0[d],) if call.c_0 is None else (call.h_0[d], wide(call.c_0[d]))
     rates = (call.zoneout, call.zoneout_cell)
     masks = (call.zoneout_mask, call.zoneout_cell_mask)
@@ -215,7 +218,7 @@ def unroll(call: Call, d: int) -> tuple[Tensor, State]:
         old = tuple(s[:rows] for s in state)
         resets = None if call.resets is None else call.resets[d, here]
         kept = [None if mask is None else mask[d, here] for mask in masks]
-        new = advance(call.layer, x[here], old, p, resets, kept, rates)
+        new = step(call.layer, x[here], old, p, resets=resets, masks=kept, rates=rates)
         outputs[t] = new[0]
         state = tuple(torch.cat([now, s[rows:]]) for now, s in zip(new, state, strict=True))
     output = torch.cat(outputs) if outputs else call.input.new_zeros(0, call.h_0.shape[2])
@@ -223,7 +226,7 @@ def unroll(call: Call, d: int) -> tuple[Tensor, State]:
 
 
 def run(call: Call) -> Outputs:
-    """The whole call: output [N, D·P], h_n [D, B, P] and c_n [D, B, H] (None where the cell has no c)."""
+    """The whole call: output [N, D·P], h_n [D, B, P] and c_n [D, B, H] (None if the cell has no c)."""
     outputs, states = zip(*(unroll(call, d) for d in range(call.layer.directions)))
     h_n, *c_n = (torch.stack(values) for values in zip(*states))
     return Outputs(torch.cat(outputs, 1), h_n, c_n[0].to(call.input.dtype) if c_n else None)

@@ -23,7 +23,7 @@ from cases import CASES
 from threadpoolctl import threadpool_info
 
 import festina
-from festina import backends, norms, ops, reference
+from festina import backends, dispatch, norms, reference
 from festina.backends import core, cpu
 from festina.backends.cpu import CPU, saved_bytes
 from festina.backends.pool import POOL, Pool
@@ -430,12 +430,12 @@ def test_the_short_way_of_a_step_equals_the_long_one(kind, options, B):
         x = torch.randn(changed.get("B", B), 5)
         state = tuple(torch.randn(x.shape[0], 7) for _ in names)
         hx = state if len(names) > 1 else state[0]
-        took = ops.run_step(cell, x, hx)
+        took = short(cell, x, hx)
         assert (took is not None) == is_short
         got, long = cell(x, hx), cell(x, hx, resets=torch.zeros(x.shape[0], dtype=torch.bool))
         torch.testing.assert_close(got, long, rtol=1e-5, atol=1e-6)
-        if is_short:
-            torch.testing.assert_close(took, got, rtol=0, atol=0)
+        if took is not None:
+            torch.testing.assert_close(tuple(took), got if len(names) > 1 else (got,), rtol=0, atol=0)
 
     with torch.no_grad():
         compare(is_short=False)
@@ -452,12 +452,19 @@ def test_the_short_way_of_a_step_equals_the_long_one(kind, options, B):
             compare(is_short=False)
 
 
+def short(cell, x, hx):
+    """A step by the shorter way, or None."""
+    state = hx if isinstance(hx, tuple) and len(hx) > 1 else (hx,)
+    rates = (cell.zoneout, cell.zoneout_cell)
+    return dispatch.step(layer=cell.spec, parameters=cell.layer_parameters(), input=x, state=state, rates=rates)
+
+
 def test_the_short_way_steps_aside():
     """For autograd, autocast, subclasses, masks, and whatever does not fit: then the long way says what is wrong."""
     cell, x, h = festina.LayerNormGRUCell(5, 7, zoneout=0.5), torch.randn(2, 5), torch.randn(2, 7)
 
     def step(x=x, h=h):
-        return ops.run_step(cell, x, h)
+        return short(cell, x, h)
 
     with torch.no_grad():
         cell.eval()(x, h)

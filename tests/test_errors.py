@@ -124,7 +124,9 @@ def test_plan(fields: dict[str, Any], text: str) -> None:
 def test_a_norm_on_one_input_feature_warns_once() -> None:
     """N(w·x) = sign(x)·N(w): the size of x is lost."""
     for make_layer in (festina.LayerNormLSTM, festina.LayerNormGRU, festina.LayerNormIndRNN, festina.LayerNormLSTMCell):
-        with pytest.warns(UserWarning, match="single input feature erases its size.*linear layer in front") as caught:
+        with pytest.warns(
+            UserWarning, match="single input feature removes its magnitude.*linear layer in front"
+        ) as caught:
             layer = make_layer(1, H)
         assert len(caught) == 1
         with warnings.catch_warnings():
@@ -435,7 +437,7 @@ def test_a_parameter_of_another_shape_is_named(variant: str, backend: str) -> No
 def test_an_operator_with_a_parameter_of_another_shape(is_recorded: bool) -> None:
     layer = festina.LayerNormLSTM(I, H)
     layer.weight_ih_l0 = nn.Parameter(torch.randn(60, I))
-    call = layer._call(0, X.flatten(0, 1), [torch.zeros(1, B, H), torch.zeros(1, B, H)])
+    call = layer._call(layer.layer_parameters(), X.flatten(0, 1), [torch.zeros(1, B, H), torch.zeros(1, B, H)])
     with torch.set_grad_enabled(is_recorded), pytest.raises(ValueError, match=r"weight_ih must be \[20, 3\] for"):
         torch.ops.festina.recurrence(*ops.arguments(call, "cpu"))
 

@@ -185,28 +185,28 @@ def no_norm_on_c(patch):
 
 @mutant(JOINT, DREAMER)
 def x_normalised_before_the_joint_norm(patch):
-    true = reference.project
+    true = reference.input_product
 
-    def project(layer, input, p):
+    def input_product(layer, input, p):
         return reference.normalize(true(layer, input, p), layer.plan, p["gain_joint"], p["bias_joint"])
 
-    patch.setattr(reference, "project", project)
+    patch.setattr(reference, "input_product", input_product)
 
 
 @mutant(PER_GATE)
 def inner_bias_after_the_norm(patch):
-    true_project, true_normalize = reference.project, reference.normalize
+    true_product, true_normalize = reference.input_product, reference.normalize
     inner = {}
 
-    def project(layer, input, p):
+    def input_product(layer, input, p):
         inner["bias"] = p["bias_inner"]
-        return true_project(layer, input, {name: value for name, value in p.items() if name != "bias_inner"})
+        return true_product(layer, input, {name: value for name, value in p.items() if name != "bias_inner"})
 
     def normalize(v, plan, gain, shift=None):
         result = true_normalize(v, plan, gain, shift)
         return result + inner["bias"].view(v.shape[-2:]) if v.shape[-2] == 4 else result
 
-    patch.setattr(reference, "project", project)
+    patch.setattr(reference, "input_product", input_product)
     patch.setattr(reference, "normalize", normalize)
 
 
@@ -358,15 +358,15 @@ def z_opens_for_the_new_h(patch):
 
 @mutant(GRU, GRU_PLAIN)
 def recurrent_bias_outside_of_the_reset(patch):
-    true = reference.step
+    true = reference.cell_step
 
-    def step(layer, x, state, p):
+    def cell_step(layer, x, state, p):
         bias = p["bias_hh"].view(3, -1)
         x = x + torch.cat([torch.zeros_like(bias[:2]), bias[2:]])
         kept = torch.cat([bias[:2], torch.zeros_like(bias[2:])]).flatten()
         return true(layer, x, state, {**p, "bias_hh": kept})
 
-    patch.setattr(reference, "step", step)
+    patch.setattr(reference, "cell_step", cell_step)
 
 
 def patch_dreamer(patch, shift: float, flip: bool = False) -> None:
@@ -442,10 +442,10 @@ def masked_steps_scaled_up_as_in_dropout(patch):
 @mutant(with_feature("zoneout", P="P5"))
 def projection_after_zoneout(patch):
     """Zoneout on the H values before the projection, the old h lifted to H so that it comes out as it was."""
-    true_step, true_zoneout = reference.step, reference.zoneout
+    true_step, true_zoneout = reference.cell_step, reference.zoneout
     held = {}
 
-    def step(layer, x, state, p):
+    def cell_step(layer, x, state, p):
         held["weight"] = p["weight_hr"]
         return true_step(replace(layer, projected=False), x, state, p)
 
@@ -456,7 +456,7 @@ def projection_after_zoneout(patch):
         mask = F.pad(mask, (0, new.shape[-1] - mask.shape[-1]))
         return F.linear(true_zoneout(lifted, new, mask, rate), held["weight"])
 
-    patch.setattr(reference, "step", step)
+    patch.setattr(reference, "cell_step", cell_step)
     patch.setattr(reference, "zoneout", zoneout)
 
 

@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_mod
 from torch.nn.utils import prune
 
 import festina
-from festina import backends, ops, packing
+from festina import backends, ops, sequences
 
 T, B, I, H = 6, 4, 3, 5
 F64: dict[str, Any] = {"dtype": torch.float64}
@@ -44,17 +44,17 @@ def gradients(loss: Tensor, module: nn.Module) -> list[Tensor]:
 # Operators
 
 
-def sample_calls() -> dict[str, ops.Arguments]:
+def sample_calls() -> dict[str, tuple[Any, ...]]:
     """Arguments of `recurrence` as layers make them, in training, with every option somewhere."""
 
-    def arguments(variant: str, extra: dict[str, Any], **options: Any) -> ops.Arguments:
+    def arguments(variant: str, extra: dict[str, Any], **options: Any) -> tuple[Any, ...]:
         layer = make(variant, I, H, **options)
         D = layer.spec.directions
-        steps, packed = packing.pack(torch.randn(T, B, I), D, **extra)
+        steps, packed = sequences.pack(torch.randn(T, B, I), D, **extra)
         state = random_state(layer, D, B)
-        call = layer._call(
-            0, steps, list(state) if isinstance(state, tuple) else [state], packed.batch_sizes, packed.resets
-        )
+        state = list(state) if isinstance(state, tuple) else [state]
+        around = {"batch_sizes": packed.batch_sizes, "resets": packed.resets}
+        call = layer._call(layer.layer_parameters(), steps, state, **around)
         return ops.arguments(call, backends.forced())
 
     lengths, resets = {"lengths": [3, 6, 0, 2]}, {"resets": torch.rand(T, B) < 0.3}

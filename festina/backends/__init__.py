@@ -149,6 +149,20 @@ def select(case: Case, force: str = "") -> str:
     return next(name for name, reason in found if reason is None)
 
 
+@lru_cache(maxsize=4096)
+def _chosen(layer: LayerSpec, dtype: torch.dtype, device: str, force: str) -> Backend:
+    return get(select(Case(layer, dtype, device), force))
+
+
+def choose(call: Call, force: str = "") -> Backend:
+    """The backend that carries out a call: the best that can, or `force` if it can.
+
+    Raises:
+        BackendError: `force` is unknown or cannot run the call.
+    """
+    return _chosen(call.layer, call.input.dtype, call.input.device.type, force)
+
+
 def forced() -> str:
     """The backend that `use` or `FESTINA_BACKEND` forces, or "" where the best one that can run a case is taken."""
     return _forced

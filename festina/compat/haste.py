@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from festina import functional
+from festina.checks import Lengths, check_lengths
 from festina.convert import haste as tables
 from festina.convert.engine import Table, assemble, disassemble, specialise
-from festina.packing import Lengths, check_lengths
 from festina.spec import LayerSpec
 
 __all__ = ["GRU", "LSTM", "IndRNN", "LayerNormGRU", "LayerNormIndRNN", "LayerNormLSTM"]

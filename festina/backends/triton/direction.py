@@ -155,7 +155,7 @@ class Direction:
     def project(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """What x gives to some steps, float32 `[rows, G·H]`, normalised unless the norm is joint; and before that."""
         if "gain_ih" not in self.p:
-            x = reference.project(self.call.layer, input, self.p).view(-1, self.width)
+            x = reference.input_product(self.call.layer, input, self.p).view(-1, self.width)
             return x, x
         raw = F.linear(input, self.p["weight_ih"], self.p.get("bias_inner"))
         x = torch.empty_like(raw, dtype=torch.float32)

@@ -1,56 +1,55 @@
-"""From what a user holds (padded, unbatched or packed sequences, lengths, resets) to the one packed layout, and back.
+"""From the user's sequences (padded, unbatched or packed, with lengths and resets) to the one packed layout, and back.
 
-Packed means: rows sorted by length, longest first, and for each step the rows that are still running, one after the
-other, as in `torch.nn.utils.rnn.PackedSequence`. A batch whose rows all run to the end is packed as it stands.
+Packed means: rows sorted by length, longest first, and for each step the rows that still run, one after the other, as in
+`torch.nn.utils.rnn.PackedSequence`. A batch whose rows all run to the end is packed as it stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-Lengths = Tensor | Sequence[int]
+from festina.checks import Lengths, check_lengths, check_resets, check_state
+from festina.spec import CellSpec
+
+InitialState = Tensor | tuple[Tensor, Tensor]
+"""hx: h_0, for a cell with a c (h_0, c_0)."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, kw_only=True, slots=True)
 class Packing:
     """How the rows and steps of a batch were packed; `pack` makes it.
 
     Args:
         T, B: steps and rows of the batch.
-        batch_sizes: `[T']` int64 on the CPU, rows running at each step; None where all run to the end. Inside an ONNX export
-            `[T, B]` bool, which rows run: there nothing is packed (`festina.onnx`).
-        resets: `[D, N]` bool, what `festina.reference.Call` takes, or None.
-        order: `[B]`, which row of the batch each packed row is; None where rows kept their places.
-        index: `[N]`, where in the flattened batch each packed step comes from; None where nothing moved.
-        like: what the input looked like.
+        like: the input as the user gave it.
         batch_first: the batch is `[B, T, ...]`.
+        is_batched: False if the input was one row without a batch axis.
+        batch_sizes: `[T']` int64 on the CPU, rows running at each step; None if all run to the end.
+        is_active: `[T, B]` bool, which rows run, inside an ONNX export (`festina.backends.export`): nothing is packed there.
+        resets: `[D, N]` bool, as `festina.call.Call` takes it, or None.
+        order: `[B]`, the row of the batch that each packed row is; None if rows kept their places.
+        index: `[N]`, the place of each packed step in the flattened batch; None if nothing moved.
     """
 
     T: int
     B: int
-    batch_sizes: Tensor | None
-    resets: Tensor | None
-    order: Tensor | None
-    index: Tensor | None
     like: Tensor | PackedSequence
     batch_first: bool
-
-    @property
-    def is_batched(self) -> bool:
-        """False where the input was one row without a batch axis."""
-        return isinstance(self.like, PackedSequence) or self.like.dim() == 3
-
-    def state_axes(self, lead: dict[str, int]) -> dict[str, int]:
-        """The axes of a state before its width: `lead`, and B unless the input was one row."""
-        return {**lead, "B": self.B} if self.is_batched else lead
+    is_batched: bool = True
+    batch_sizes: Tensor | None = None
+    is_active: Tensor | None = None
+    resets: Tensor | None = None
+    order: Tensor | None = None
+    index: Tensor | None = None
 
     def pack(self, padded: Tensor) -> Tensor:
-        """A batch `[T, B, W]` (`[B, T, W]` under batch_first), packed: `[N, W]`."""
+        """A batch `[T, B, W]` (`[B, T, W]` under batch_first) as packed steps `[N, W]`."""
         if isinstance(self.like, PackedSequence):
             index = _places(self.like, _lengths(self.like), self.batch_first)
             return padded.reshape(self.T * self.B, padded.shape[2]).index_select(0, index)
@@ -73,46 +72,50 @@ class Packing:
             output = output.transpose(0, 1) if self.batch_first else output
         return output if self.is_batched else output.squeeze(0 if self.batch_first else 1)
 
-    def pack_state(self, state: Tensor) -> Tensor:
-        """A state `[X, B, W]` with its rows in packed order."""
-        return state if self.order is None else state.index_select(1, self.order)
+    def initial_state(
+        self,
+        cell: CellSpec,
+        hx: InitialState | None,
+        *,
+        lead: tuple[str, int],
+        widths: tuple[int, int],
+        steps: Tensor,
+    ) -> list[Tensor]:
+        """The initial states `[X, B, P]` and, for a cell with a c, `[X, B, H]`, rows in packed order: `hx`, or zeros.
 
-    def unpack_state(self, state: Tensor) -> Tensor:
-        """A state `[X, B, W]` with its rows in the order of the batch, without the batch axis if the input had none."""
+        Args:
+            cell: the cell.
+            hx: the state that the user gave: X, then B if the input is batched, then its width.
+            lead: the name of the axis before B, and its size X.
+            widths: (P, H), the widths of h and c.
+            steps: the packed input, whose dtype and device the states must have.
+
+        Raises:
+            TypeError: a bare tensor for a cell with two states, a pair for a cell with one, or neither.
+            ValueError: a state of a wrong shape, dtype or device.
+        """
+        name, X = lead
+        if hx is None:
+            return [steps.new_zeros(X, self.B, width) for _, width in zip(cell.states, widths)]
+        axes = {name: X, "B": self.B} if self.is_batched else {name: X}
+        given = [state.reshape(X, self.B, state.shape[-1]) for state in check_state(cell, hx, axes, widths, steps)]
+        return given if self.order is None else [state.index_select(1, self.order) for state in given]
+
+    def final_state(self, states: Sequence[Tensor]) -> Any:
+        """The last states `[X, B, W]` as the user gets them: rows in the order of the batch, without the batch axis if the
+        input had none; a tuple if there are two."""
         if self.order is not None:
-            state = state.index_select(1, torch.argsort(self.order))
-        return state if self.is_batched else state.squeeze(1)
-
-
-def check_lengths(lengths: Lengths, B: int) -> Tensor:
-    """`lengths` as an int64 tensor on the CPU; `sort_rows` checks the numbers.
-
-    Raises:
-        TypeError: not integers.
-        ValueError: not `[B]`, or not on the CPU.
-    """
-    if not isinstance(lengths, Tensor):
-        try:
-            lengths = torch.tensor(lengths, dtype=None if len(lengths) else torch.int64)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                f"lengths must be a tensor or a list of integers, one for each row, got {lengths!r}"
-            ) from None
-    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths must hold integers, the steps of each row, got {lengths.dtype}")
-    if lengths.device.type != "cpu":
-        raise ValueError(
-            f"lengths must be on the CPU, where the batch is laid out, got {lengths.device}; call lengths.cpu()"
-        )
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths must be [B] = [{B}], one for each row, got {list(lengths.shape)}")
-    return lengths.long()
+            back = torch.argsort(self.order)
+            states = [state.index_select(1, back) for state in states]
+        if not self.is_batched:
+            states = [state.squeeze(1) for state in states]
+        return states[0] if len(states) == 1 else tuple(states)
 
 
 def sort_rows(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
     """How rows of these `lengths` are packed: `order`, `batch_sizes` and `index` of a `Packing`.
 
-    The operator `festina::sort_rows` is the same for torch.compile, which cannot follow sizes that hang on numbers.
+    torch.compile calls it as the operator `festina::sort_rows`, since it cannot trace data-dependent shapes.
 
     Raises:
         ValueError: a length below 0 or above T.
@@ -126,24 +129,8 @@ def sort_rows(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor, Tenso
     return order, (steps.unsqueeze(1) < by_length).sum(1), _index(by_length, order, T, B, batch_first)
 
 
-def check_resets(resets: Tensor, shape: tuple[int, ...], axes: str, device: torch.device) -> None:
-    """Raise unless `resets` is a bool tensor of `shape` on `device`; `axes` names the shape.
-
-    Raises:
-        TypeError: not a bool tensor.
-        ValueError: another shape or device.
-    """
-    if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
-        got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
-        raise TypeError(f"resets must be a bool tensor, got {got}; torch.as_tensor(resets).bool() is one")
-    if resets.shape != shape:
-        raise ValueError(f"resets must be {axes} = {list(shape)}, got {list(resets.shape)}")
-    if resets.device != device:
-        raise ValueError(f"resets must be on the input's device, {device}, got {resets.device}; move one of them")
-
-
 def _index(lengths: Tensor, order: Tensor, T: int, B: int, batch_first: bool) -> Tensor:
-    """Where in the flattened batch each packed step comes from; `lengths` in packed order."""
+    """The place of each packed step in the flattened batch; `lengths` in packed order."""
     t = torch.arange(T).unsqueeze(1)
     places = order * T + t if batch_first else t * B + order
     return places[t < lengths]
@@ -155,17 +142,17 @@ def _lengths(packed: PackedSequence) -> Tensor:
 
 
 def _places(packed: PackedSequence, by_length: Tensor, batch_first: bool) -> Tensor:
-    """Where in the flattened batch each step of a `PackedSequence` comes from."""
+    """The place of each step of a `PackedSequence` in the flattened batch."""
     T, B = len(packed.batch_sizes), len(by_length)
     order = torch.arange(B) if packed.sorted_indices is None else packed.sorted_indices.cpu()
     return _index(by_length, order, T, B, batch_first).to(packed.data.device)
 
 
 def _directed(resets: Tensor, lengths: Tensor | None, directions: int) -> Tensor:
-    """`[T, B]` resets as each direction meets them: `[D, T, B]`.
+    """`[T, B]` resets in the order of each direction: `[D, T, B]`.
 
-    A reset at t cuts a row between t − 1 and t. Forward, the state is zeroed before step t; backward, before step t − 1,
-    which comes after t there. A cut beyond a row's end is none.
+    A reset at t cuts a row between t − 1 and t. Forward, the state is zeroed before step t; in reverse before step t − 1,
+    which comes after t there. A cut beyond a row's end has no effect.
     """
     if directions == 1:
         return resets.unsqueeze(0)
@@ -181,14 +168,14 @@ def pack(
     lengths: Lengths | None = None,
     resets: Tensor | None = None,
 ) -> tuple[Tensor, Packing]:
-    """The packed steps `[N, I]` of `input`, and how they were packed.
+    """The packed steps `[N, I]` of `input`, and the `Packing` that undoes it.
 
     Args:
         input: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, or a `PackedSequence`.
         directions: 1 or 2.
         batch_first: the batch axis comes first, in `input`, `resets` and the output.
         lengths: `[B]`, steps of each row, in any order, 0 allowed; on the CPU, or a list.
-        resets: `[T, B]` (or `[B, T]`, or `[T]` for one row) bool: a row starts anew at that step.
+        resets: `[T, B]` (or `[B, T]`, or `[T]` for one row) bool: the row restarts from zero at that step.
 
     Raises:
         TypeError: input, lengths or resets are of a wrong type.
@@ -203,34 +190,36 @@ def pack(
             f"input must be 3-D, {'[B, T, I]' if batch_first else '[T, B, I]'}, or 2-D, [T, I], for one row; "
             f"got {input.dim()}-D {list(input.shape)}"
         )
-    batched = input if input.dim() == 3 else input.unsqueeze(0 if batch_first else 1)
+    is_batched = input.dim() == 3
+    batched = input if is_batched else input.unsqueeze(0 if batch_first else 1)
     T, B = (batched.shape[1], batched.shape[0]) if batch_first else (batched.shape[0], batched.shape[1])
+    packing = Packing(T=T, B=B, like=input, batch_first=batch_first, is_batched=is_batched)
+    if lengths is None and resets is None:
+        return packing.pack(batched), packing
     if lengths is not None:
-        if input.dim() == 2:
+        if not is_batched:
             raise ValueError("lengths belong to a batch, but input is one row, [T, I]; cut it with input[:length]")
         lengths = check_lengths(lengths, B)
     if resets is not None:
         shape, axes = ((B, T), "[B, T]") if batch_first else ((T, B), "[T, B]")
-        check_resets(resets, shape if input.dim() == 3 else (T,), axes if input.dim() == 3 else "[T]", input.device)
+        check_resets(resets, shape if is_batched else (T,), axes if is_batched else "[T]", input.device)
         resets = resets.view(shape).t() if batch_first else resets.view(shape)
 
     is_compiling = torch.compiler.is_compiling()
     if lengths is not None and is_compiling and torch.onnx.is_in_onnx_export():
-        runs = torch.arange(T).unsqueeze(1) < lengths
-        flat = None if resets is None else _directed(resets, lengths, directions).flatten(1)
-        packing = Packing(T, B, runs, flat, None, None, input, batch_first)
+        packing.is_active = torch.arange(T).unsqueeze(1) < lengths
+        packing.resets = None if resets is None else _directed(resets, lengths, directions).flatten(1)
         return packing.pack(batched), packing
     if lengths is None or not (is_compiling or bool((lengths != T).any())):
-        flat = None if resets is None else _directed(resets, None, directions).flatten(1)
-        packing = Packing(T, B, None, flat, None, None, input, batch_first)
+        packing.resets = None if resets is None else _directed(resets, None, directions).flatten(1)
         return packing.pack(batched), packing
     sort = torch.ops.festina.sort_rows if is_compiling else sort_rows
-    order, batch_sizes, index = sort(lengths, T, batch_first)
-    index = index.to(input.device)
+    order, packing.batch_sizes, index = sort(lengths, T, batch_first)
+    packing.order, packing.index = order.to(input.device), index.to(input.device)
     if resets is not None:
-        steps = index % T * B + index // T if batch_first else index
-        resets = _directed(resets, lengths, directions).flatten(1)[:, steps]
-    packing = Packing(T, B, batch_sizes, resets, order.to(input.device), index, input, batch_first)
+        steps = packing.index
+        steps = steps % T * B + steps // T if batch_first else steps
+        packing.resets = _directed(resets, lengths, directions).flatten(1)[:, steps]
     return packing.pack(batched), packing
 
 
@@ -239,14 +228,22 @@ def _pack_packed(
 ) -> tuple[Tensor, Packing]:
     if lengths is not None:
         raise ValueError("a PackedSequence holds its own lengths; give lengths with a padded tensor only")
+    if not len(input.batch_sizes):
+        raise ValueError("a PackedSequence must have at least one step, got none in batch_sizes")
     T, B = len(input.batch_sizes), int(input.batch_sizes[0])
+    for order in (input.sorted_indices, input.unsorted_indices):
+        if order is not None and order.shape != (B,):
+            raise ValueError(
+                f"sorted_indices and unsorted_indices of a PackedSequence must be [B] = [{B}], as batch_sizes[0] says, got "
+                f"{list(order.shape)}"
+            )
+    packing = Packing(T=T, B=B, like=input, batch_first=batch_first)
+    packing.batch_sizes, packing.order = input.batch_sizes, input.sorted_indices
     if resets is not None:
-        check_resets(
-            resets, (B, T) if batch_first else (T, B), "[B, T]" if batch_first else "[T, B]", input.data.device
-        )
+        shape, axes = ((B, T), "[B, T]") if batch_first else ((T, B), "[T, B]")
+        check_resets(resets, shape, axes, input.data.device)
         resets = resets.t() if batch_first else resets
         by_length = _lengths(input)
         lengths = by_length if input.unsorted_indices is None else by_length[input.unsorted_indices.cpu()]
-        resets = _directed(resets, lengths, directions).flatten(1)[:, _places(input, by_length, False)]
-    packing = Packing(T, B, input.batch_sizes, resets, input.sorted_indices, None, input, batch_first)
+        packing.resets = _directed(resets, lengths, directions).flatten(1)[:, _places(input, by_length, False)]
     return input.data, packing

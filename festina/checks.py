@@ -1,0 +1,345 @@
+"""Every validation, once: of what users give, and of a `Call` before a backend sees it.
+
+An error says what was wanted, what came and what to do. `check_call` is the door: kernels take addresses and sizes on
+trust, so every way into a backend passes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter, ge
+
+import torch
+from torch import Tensor
+
+from festina.call import Call, float32_becomes
+from festina.norms import NormPlan
+from festina.spec import CELLS, CellSpec, LayerSpec
+
+Lengths = Tensor | Sequence[int]
+Parameters = Mapping[str, Tensor]
+"""The parameters of one direction by name: `weight_ih`, `weight_hh`, ... as `LayerSpec.parameter_shapes` lists them."""
+
+_SHAPE = attrgetter("shape")
+
+
+def check_flags(**flags: bool) -> None:
+    """Raise unless every flag is a bool, as in `torch.nn`: an argument in a wrong place shows.
+
+    Raises:
+        TypeError: it is not.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
+def check_counts(**counts: int) -> None:
+    """Raise unless every count is an int of at least 1.
+
+    Raises:
+        TypeError: it is not an int.
+        ValueError: it is below 1.
+    """
+    for name, count in counts.items():
+        _check_int(name, count)
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def check_proj_size(cell: CellSpec, proj_size: int, hidden_size: int) -> None:
+    """Raise unless `proj_size` is an int below `hidden_size`, and 0 for a cell without a projection.
+
+    Raises:
+        TypeError: it is not an int.
+        ValueError: it is out of range.
+    """
+    _check_int("proj_size", proj_size)
+    if proj_size < 0 or proj_size >= hidden_size:
+        raise ValueError(f"proj_size must lie in [0, hidden_size) = [0, {hidden_size}), got {proj_size}")
+    if proj_size and not cell.projects:
+        raise ValueError(f"proj_size must be 0: the {cell.name} cell has no projection, got {proj_size}")
+
+
+def _check_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def check_rates(cell: CellSpec, **rates: float) -> None:
+    """Raise unless every rate is a number in [0, 1], and `zoneout_cell` is 0 for a cell without c.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for name, rate in rates.items():
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+            raise ValueError(f"{name} must be a probability in [0, 1], got {rate!r}")
+    if rates.get("zoneout_cell") and "c" not in cell.states:
+        raise ValueError(f"zoneout_cell must be 0: the {cell.name} cell has no c, got {rates['zoneout_cell']}")
+
+
+def check_forget_bias(cell: CellSpec, forget_bias: float | None) -> None:
+    """Raise unless `forget_bias` is None or a finite number, and 0 for a cell without a forget gate.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if forget_bias is None:
+        return
+    if isinstance(forget_bias, bool) or not isinstance(forget_bias, (int, float)) or not math.isfinite(forget_bias):
+        raise ValueError(f"forget_bias must be a finite number, got {forget_bias!r}")
+    if forget_bias and "f" not in cell.gates:
+        raise ValueError(f"forget_bias must be 0: the {cell.name} cell has no forget gate, got {forget_bias}")
+
+
+def check_parameters(cell: str, norm: NormPlan, per_direction: Sequence[Parameters]) -> tuple[LayerSpec, int, int]:
+    """The layer that the parameters make, its H and its P.
+
+    Raises:
+        TypeError: the norm is no plan, or a parameter no tensor.
+        ValueError: the cell is unknown, the norm does not fit it, or names, shapes, dtypes or devices are not those of
+            such a layer.
+    """
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(map(repr, CELLS))}, got {cell!r}")
+    if len(per_direction) not in (1, 2):
+        raise ValueError(f"parameters must be those of 1 or 2 directions, got {len(per_direction)}")
+    first = per_direction[0]
+    for name in ("weight_ih", "weight_hh"):
+        if name not in first:
+            raise ValueError(f"parameters must hold {name}, got {', '.join(first) or 'none'}")
+    for name, tensor in ((name, tensor) for held in per_direction for name, tensor in held.items()):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if name in ("weight_ih", "weight_hr") and tensor.dim() != 2:
+            raise ValueError(f"{name} must be a matrix, got {list(tensor.shape)}")
+        check_like(name, tensor, first["weight_ih"], "weight_ih")
+    bias = any(name.startswith("bias") for name in first)
+    spec = LayerSpec(CELLS[cell], norm, bias, "weight_hr" in first, len(per_direction))
+    H = first["weight_ih"].shape[0] // len(spec.cell.gates)
+    P = first["weight_hr"].shape[0] if spec.projected else H
+    want = spec.parameter_shapes(first["weight_ih"].shape[1], H, P)
+    for d, held in enumerate(per_direction):
+        got = {name: tuple(tensor.shape) for name, tensor in held.items()}
+        if got != want:
+            raise ValueError(f"the parameters of direction {d} must be {want}, got {got}")
+    return spec, H, P
+
+
+def check_input(steps: Tensor, input_size: int, weight: Tensor) -> None:
+    """Raise unless packed steps fit the weight that they meet: size, dtype (autocast aside), device.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if steps.shape[-1] != input_size:
+        raise ValueError(f"the last axis of input must be input_size = {input_size}, got {steps.shape[-1]}")
+    if steps.dtype != weight.dtype or steps.device != weight.device:
+        check_like("input", steps, weight, "the parameters")
+
+
+def check_like(name: str, tensor: Tensor, like: Tensor, whose: str) -> None:
+    """Raise unless a tensor has the dtype (autocast aside) and the device of another one.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if tensor.dtype != like.dtype and {tensor.dtype, like.dtype} != {torch.float32, float32_becomes(like.device.type)}:
+        raise ValueError(f"{name} must be {like.dtype} as {whose}, got {tensor.dtype}; call .to({like.dtype})")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as {whose}, got {tensor.device}; move one of them")
+
+
+def check_lengths(lengths: Lengths, B: int) -> Tensor:
+    """`lengths` as an int64 tensor on the CPU; `festina.sequences.sort_rows` checks the numbers.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: not `[B]`, or not on the CPU.
+    """
+    if not isinstance(lengths, Tensor):
+        try:
+            lengths = torch.tensor(lengths, dtype=None if len(lengths) else torch.int64)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"lengths must be a tensor or a list of integers, one for each row, got {lengths!r}"
+            ) from None
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths must hold integers, the steps of each row, got {lengths.dtype}")
+    if lengths.device.type != "cpu":
+        raise ValueError(
+            f"lengths must be on the CPU, where the batch is laid out, got {lengths.device}; call lengths.cpu()"
+        )
+    if lengths.shape != (B,):
+        raise ValueError(f"lengths must be [B] = [{B}], one for each row, got {list(lengths.shape)}")
+    return lengths.long()
+
+
+def check_resets(resets: Tensor, shape: tuple[int, ...], axes: str, device: torch.device) -> None:
+    """Raise unless `resets` is a bool tensor of `shape` on `device`; `axes` names the shape.
+
+    Raises:
+        TypeError: not a bool tensor.
+        ValueError: another shape or device.
+    """
+    if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+        got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
+        raise TypeError(f"resets must be a bool tensor, got {got}; torch.as_tensor(resets).bool() is one")
+    if resets.shape != shape:
+        raise ValueError(f"resets must be {axes} = {list(shape)}, got {list(resets.shape)}")
+    if resets.device != device:
+        raise ValueError(f"resets must be on the input's device, {device}, got {resets.device}; move one of them")
+
+
+def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless a Zoneout mask is a bool tensor of `shape` on `device`.
+
+    Raises:
+        TypeError: not a bool tensor.
+        ValueError: another shape or device.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, got {got}")
+    if mask.shape != shape or mask.device != device:
+        raise ValueError(
+            f"{name} must be {list(shape)} on {device} as the input, got {list(mask.shape)} on {mask.device}"
+        )
+
+
+def check_state(
+    cell: CellSpec,
+    hx: Tensor | tuple[Tensor, Tensor],
+    axes: Mapping[str, int],
+    widths: tuple[int, int],
+    steps: Tensor,
+) -> list[Tensor]:
+    """The states in `hx`, h_0 and for a cell with a c c_0: each has the sizes `axes`, then its width of `widths`, (P, H).
+
+    Raises:
+        TypeError: a bare tensor for a cell with two states, a pair for a cell with one, or neither.
+        ValueError: a state of a wrong shape, or not of the dtype and device of `steps`.
+    """
+    given = hx if isinstance(hx, (tuple, list)) else (hx,)
+    if isinstance(hx, (tuple, list)) != (len(cell.states) > 1) or len(given) != len(cell.states):
+        want = "a tuple (h_0, c_0)" if len(cell.states) > 1 else "one tensor h_0"
+        got = f"a {type(hx).__name__}" + (f" of {len(given)}" if isinstance(hx, (tuple, list)) else "")
+        raise TypeError(f"hx of the {cell.name} cell must be {want}, got {got}")
+    lead = tuple(axes.values())
+    for state, tensor, width in zip(cell.states, given, widths):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{state}_0 must be a Tensor, got {type(tensor).__name__}; torch.zeros is the state of a start"
+            )
+        want_shape = (*lead, width)
+        if tensor.shape != want_shape:
+            named = ", ".join((*axes, "P" if state == "h" else "H"))
+            hint = f"; call {state}_0.unsqueeze(0) for the first axis" if (1, *tensor.shape) == want_shape else ""
+            raise ValueError(f"{state}_0 must be [{named}] = {list(want_shape)}, got {list(tensor.shape)}{hint}")
+        if tensor.dtype != steps.dtype or tensor.device != steps.device:
+            check_like(f"{state}_0", tensor, steps, "the input")
+    return list(given)
+
+
+@lru_cache(maxsize=1024)
+def _parameter_shapes(layer: LayerSpec, I: int, H: int, P: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(layer.parameter_shapes(I, H, P).values()) * layer.directions
+
+
+def check_call(call: Call, tensors: Sequence[Tensor]) -> None:
+    """Raise unless the sizes, dtypes and devices of a call agree: the door that every way into a backend passes.
+
+    Args:
+        call: the call.
+        tensors: `call.tensors()`, which every caller has at hand.
+
+    Raises:
+        TypeError: `resets` or a mask is not a bool tensor.
+        ValueError: anything else that does not fit; the error names it.
+    """
+    input, h_0, c_0 = call.input, call.h_0, call.c_0
+    dtype, device = input.dtype, input.device
+    for tensor in tensors:
+        if tensor.dtype != dtype or tensor.device != device:
+            _refuse_type(call, tensors)
+    if input.dim() != 2 or h_0.dim() != 3 or (c_0 is None) != (len(call.layer.cell.states) == 1):
+        _refuse_state(call)
+    (N, I), (D, B, P) = input.shape, h_0.shape
+    H = P
+    if c_0 is not None:
+        if c_0.dim() != 3 or c_0.shape[:2] != (D, B):
+            _refuse_state(call)
+        H = c_0.shape[2]
+    if (*map(_SHAPE, call.parameters),) != _parameter_shapes(call.layer, I, H, P):
+        _refuse_shape(call, I, H, P)
+    if call.layer.directions != D:
+        _refuse_state(call)
+    if call.batch_sizes is not None:
+        _check_batch_sizes(call.batch_sizes, N, B)
+    elif N % B if B else N:
+        raise ValueError(f"input must hold whole steps of B = {B} rows, since batch_sizes is None, got {N} rows")
+    if call.resets is not None:
+        check_resets(call.resets, (D, N), "[D, N]", device)
+    if call.zoneout_mask is not None:
+        check_mask("zoneout_mask", call.zoneout_mask, (D, N, P), device)
+    if call.zoneout_cell_mask is not None:
+        if c_0 is None:
+            raise ValueError(f"zoneout_cell_mask must be None: the {call.layer.cell.name} cell has no c")
+        check_mask("zoneout_cell_mask", call.zoneout_cell_mask, (D, N, H), device)
+
+
+def _check_batch_sizes(batch_sizes: Tensor, N: int, B: int) -> None:
+    if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
+        raise ValueError(
+            f"batch_sizes must be int64 [T] on the CPU, got {batch_sizes.dtype} {list(batch_sizes.shape)} on "
+            f"{batch_sizes.device}; torch.nn.utils.rnn.pack_padded_sequence makes it"
+        )
+    sizes = batch_sizes.tolist()
+    if sizes and not (sizes[0] <= B and sizes[-1] >= 0 and all(map(ge, sizes, sizes[1:]))):
+        raise ValueError(f"batch_sizes must not increase, from at most B = {B} down to at least 0, got {_short(sizes)}")
+    if sum(sizes) != N:
+        raise ValueError(
+            f"batch_sizes must add up to the {N} rows of input, got {_short(sizes)}, which make {sum(sizes)}"
+        )
+
+
+def _short(sizes: list[int]) -> str:
+    return str(sizes) if len(sizes) <= 12 else f"[{', '.join(map(str, sizes[:9]))}, ..., {sizes[-1]}]"
+
+
+def _refuse_type(call: Call, tensors: Sequence[Tensor]) -> None:
+    dtype, device = call.input.dtype, call.input.device
+    names = ("input", *(f"{state}_0" for state in call.layer.cell.states), *call.layer.parameter_names * 2)
+    for name, tensor in zip(names, tensors):
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"{name} must be {dtype} on {device} as the input, got {tensor.dtype} on {tensor.device}; "
+                f"call .to('{device}', {dtype}) on the whole layer"
+            )
+
+
+def _refuse_state(call: Call) -> None:
+    states = call.layer.cell.states
+    if len(call.state) != len(states):
+        raise ValueError(
+            f"the {call.layer.cell.name} cell must have the states {', '.join(states)}, got {len(call.state)}"
+        )
+    got = ", ".join(f"{state}_0 {list(tensor.shape)}" for state, tensor in zip(states, call.state))
+    raise ValueError(
+        f"input must be [N, I], h_0 [D, B, P] and c_0 [D, B, H], with D = {call.layer.directions} directions, got input "
+        f"{list(call.input.shape)}, {got}"
+    )
+
+
+def _refuse_shape(call: Call, I: int, H: int, P: int) -> None:
+    names, shapes = call.layer.parameter_names * call.layer.directions, _parameter_shapes(call.layer, I, H, P)
+    if len(call.parameters) != len(names):
+        raise ValueError(f"parameters must be the {len(names)} of {', '.join(names)}, got {len(call.parameters)}")
+    for name, parameter, shape in zip(names, call.parameters, shapes):
+        if parameter.shape != shape:
+            raise ValueError(
+                f"{name} must be {list(shape)} for input_size = {I} and hidden_size = {H}, got {list(parameter.shape)}"
+            )

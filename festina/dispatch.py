@@ -1,0 +1,73 @@
+"""The one door between modules and backends: it decides who carries out a call, and checks the call on the way.
+
+In this order: inside an ONNX export the lowering of `festina.backends.export`; inside a `torch.func` transform the
+reference; if the call is watched (traced, profiled, ...) the operator, which checks and chooses when it runs; else the
+backend in force, as a node of autograd's graph if the call is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+
+from festina import backends, ops, reference
+from festina.backends import export
+from festina.call import Call, Outputs, float32_becomes
+from festina.checks import check_call
+from festina.spec import LayerSpec
+
+
+def run(call: Call) -> Outputs:
+    """Carry out a `Call` on the backend in force for it: output `[N, D·P]`, h_n `[D, B, P]`, c_n `[D, B, H]` or None.
+
+    Under autocast, float32 tensors are cast to its dtype first. Inside a `torch.func` transform the reference runs,
+    whatever the backend, since every transform goes through it.
+
+    Raises:
+        TypeError, ValueError: sizes, dtypes or devices do not agree (`festina.checks.check_call`).
+        festina.backends.BackendError: a backend was forced that cannot run this call.
+    """
+    tensors = call.tensors()
+    low = float32_becomes(call.input.device.type)
+    if low != torch.float32:
+        tensors = [tensor.to(low) if tensor.dtype == torch.float32 else tensor for tensor in tensors]
+        call = call.with_tensors(tensors)
+    if ops.is_watched(tensors):
+        if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+            return export.run(call)
+        if not _are_functorch_transforms_active():
+            return ops.recurrence(call, backends.forced())
+        check_call(call, tensors)
+        return reference.run(call)
+    check_call(call, tensors)
+    backend = backends.choose(call, backends.forced())
+    return ops.record(backend, call, tensors) if ops.is_recorded(tensors) else backend.forward(call)
+
+
+def step(
+    *,
+    layer: LayerSpec,
+    parameters: Sequence[Tensor],
+    input: Tensor,
+    state: Sequence[Tensor],
+    rates: tuple[float, float],
+) -> list[Tensor] | None:
+    """One step of a cell by a backend's shorter way: the new states. None, with nothing done, if `run` must do it.
+
+    Nothing need be checked before: if something does not fit, the answer is None, and the longer way tells why.
+
+    Args:
+        layer, parameters: of the cell.
+        input, state: `[B, I]`; `[B, P]` and, if the cell has a c, `[B, H]`.
+        rates: of Zoneout on h and on c, by the expectation.
+    """
+    if torch.is_grad_enabled() or ops.is_watched((input, *state)):
+        return None
+    for backend in backends.steppers(backends.forced()):
+        found = backend.step(layer=layer, parameters=parameters, input=input, state=state, rates=rates)
+        if found is not None:
+            return found
+    return None
