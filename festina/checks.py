@@ -298,8 +298,8 @@ def _check_batch_sizes(batch_sizes: Tensor, N: int, B: int) -> None:
             f"{batch_sizes.device}; torch.nn.utils.rnn.pack_padded_sequence makes it"
         )
     sizes = batch_sizes.tolist()
-    if sizes and not (sizes[0] <= B and sizes[-1] >= 0 and all(map(ge, sizes, sizes[1:]))):
-        raise ValueError(f"batch_sizes must not increase, from at most B = {B} down to at least 0, got {_short(sizes)}")
+    if sizes and not (sizes[0] <= B and sizes[-1] >= 1 and all(map(ge, sizes, sizes[1:]))):
+        raise ValueError(f"batch_sizes must not increase, from at most B = {B} down to at least 1, got {_short(sizes)}")
     if sum(sizes) != N:
         raise ValueError(
             f"batch_sizes must add up to the {N} rows of input, got {_short(sizes)}, which make {sum(sizes)}"
