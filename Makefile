@@ -19,6 +19,7 @@ TRITON ?= 3.6.0
 VENV := .venv$(if $(filter-out $(USUAL),$(TORCH)),-torch-$(TORCH))
 PY := $(VENV)/bin/python
 UV := $(shell command -v uv 2>/dev/null)
+CPP := $(shell find csrc -name '*.h' -o -name '*.cc')
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
 # $(call install,ARGUMENTS): with uv where there is one, and with pip where there is none or uv finds no such package.
@@ -84,11 +85,15 @@ $(VENV)/triton-$(TRITON)/.made: $(VENV)/.made
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/codespell
 
 format: setup
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 wheel: setup
 	$(PY) -m pip wheel --no-deps --wheel-dir dist .

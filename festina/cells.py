@@ -22,8 +22,8 @@ class Cell(RecurrentBase):
         hidden_size: H, features of the state.
         bias: False leaves out every bias and every norm's shift.
         device, dtype: of the parameters.
-        proj_size, norm, zoneout, zoneout_cell, dropconnect, forget_bias: as in the layer. In training the masks of Zoneout
-            and DropConnect are drawn anew at every step.
+        proj_size, norm, zoneout, zoneout_cell, dropconnect, forget_bias: as in the layer. In training every step draws
+            new masks of Zoneout and DropConnect.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or range, or the plan does not fit the cell.
@@ -61,7 +61,7 @@ class Cell(RecurrentBase):
 
     @classmethod
     def sharing(cls, layer: RecurrentBase, index: int, reverse: bool) -> Cell:
-        """The cell of one direction of layer `index`, on the same parameters; users call `layer.cell`."""
+        """A cell on the parameters of one direction of layer `index`; users call `layer.cell`."""
         spec, D = layer.spec, layer.spec.directions
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the layer has warned already
@@ -192,7 +192,7 @@ def indrnn_spec(nonlinearity: str) -> spec.CellSpec:
     """The IndRNN cell with this activation.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it is neither `tanh` nor `relu`.
     """
     specs = {"tanh": spec.INDRNN, "relu": spec.INDRNN_RELU}
     if nonlinearity not in specs:

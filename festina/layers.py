@@ -31,8 +31,8 @@ class Recurrent(RecurrentBase):
         proj_size: P, project h to this many features (LSTM only; 0: no projection).
         device, dtype: of the parameters.
         norm: where the norms sit, a plan of `festina.norms`; None: the class's own.
-        zoneout: rate at which h keeps its old value (Krueger et al. 2016): by a mask for each step and unit in training, by
-            the expectation otherwise.
+        zoneout: rate at which h keeps its old value (Krueger et al. 2016): in training by a mask for each step and unit,
+            otherwise by the expectation.
         zoneout_cell: the same for the LSTM's c.
         dropconnect: rate of dropout on `weight_hh` (Wan et al. 2013; Merity et al. 2017), one mask a forward call, in training.
         forget_bias: added to the initial shift of the LSTM's forget gate; None: the class's own.
@@ -101,14 +101,13 @@ class Recurrent(RecurrentBase):
         ]
 
     def flatten_parameters(self) -> None:
-        """Nothing to do: parameters need not share one block of memory. Here so that code for `torch.nn` runs."""
+        """Does nothing: parameters need not share one block of memory. It is here for code written for `torch.nn`."""
 
     def cell(self, layer: int = 0, *, reverse: bool = False) -> cells.Cell:
-        """The cell of one layer (of its reverse direction): it shares the layer's parameters, and taking it step by step
-        gives the layer's numbers.
+        """A cell on the parameters of one layer and direction: step by step it gives the layer's numbers.
 
-        It is a module of its own: it has the layer's mode and rates of this moment, so call `eval()` on it as well, and take
-        it anew where the layer's parameters are replaced by others, as by `load_state_dict(assign=True)`.
+        It is a separate module with the mode and rates that the layer has now: call `eval()` on it as well, and ask for a
+        new one after the layer's parameters were replaced, as by `load_state_dict(assign=True)`.
 
         Raises:
             IndexError: there is no such layer or direction.
@@ -132,10 +131,10 @@ class Recurrent(RecurrentBase):
         Args:
             input: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, or a `PackedSequence`.
             hx: h_0 `[L·D, B, P]`, for the LSTM (h_0, c_0 `[L·D, B, H]`); without B for one row; None: zeros.
-            lengths: `[B]`, the steps of each row, in any order, 0 allowed, a list or a tensor on the CPU. What lies past
-                them is never read, and the output there is 0.
-            resets: `[T, B]` bool (`[B, T]` under batch_first, `[T]` for one row): the row starts anew at that step. The state
-                is zeroed between steps t − 1 and t, in either direction: one call does what a call for each part would.
+            lengths: `[B]`, the steps of each row, in any order, 0 allowed, a list or a tensor on the CPU. Steps past a row's
+                length are never read, and the output there is 0.
+            resets: `[T, B]` bool (`[B, T]` under batch_first, `[T]` for one row): the row restarts at that step. The state is
+                zeroed between steps t − 1 and t, in either direction, so that one call does the work of a call for each part.
 
         Returns:
             output `[T, B, D·P]`, or `[B, T, D·P]`, `[T, D·P]`, a `PackedSequence`, as the input was; and h_n `[L·D, B, P]`, for

@@ -1,4 +1,4 @@
-"""What layers and cells share: options, parameters and their initialisation, the plan in the checkpoint."""
+"""The base of layers and cells: options, parameters and their initialisation, the plan in the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from festina.checks import check_counts, check_flags, check_forget_bias, check_p
 from festina.norms import NormPlan
 from festina.spec import CellSpec, LayerSpec
 
-# torch's own name for what a module saves beside its tensors; here, the norm plan.
+# Under this name of torch's a module saves more than tensors; here, its norm plan.
 PLAN_KEY = "_extra_state"
 
 
 class RecurrentBase(nn.Module):
-    """A module with the parameters of one recurrent cell, once for every suffix.
+    """A module with the parameters of one recurrent cell for each layer and direction.
 
-    Subclasses say which cell they are, and which plan and forget bias they have if none is given.
+    Subclasses name their cell, and the default plan and forget bias.
 
     Args:
-        spec: what every layer is; `suffixes` lists, layer by layer, the suffix of each direction's parameter names.
+        spec: the layer that every one of the stack is.
+        suffixes: layer by layer, the suffix of each direction's parameter names.
+        Others as in `festina.layers.Recurrent`.
     """
 
     cell_spec: CellSpec
@@ -99,9 +101,9 @@ class RecurrentBase(nn.Module):
         return self.spec.plan
 
     def reset_parameters(self) -> None:
-        """Weights and plain biases as `torch.nn.LSTM` and `GRU`: uniform in ±1/sqrt(hidden_size), in the same order, so
-        that the same seed gives the same values. Gains are 1 and the shifts of norms 0, as in `torch.nn.LayerNorm`.
-        `forget_bias` is added to the forget gate's shift (Gers et al. 2000; 1 in haste), where there are biases.
+        """Weights and plain biases as in `torch.nn.LSTM` and `GRU`: uniform in ±1/sqrt(hidden_size), drawn in the same order,
+        so that the same seed gives the same values. Gains are 1 and the shifts of norms 0, as in `torch.nn.LayerNorm`.
+        `forget_bias` is added to the forget gate's shift (Gers et al. 2000; 1 in haste) if the layer has biases.
         """
         bound = 1.0 / math.sqrt(self.hidden_size)
         H, spec = self.hidden_size, self.spec
@@ -171,7 +173,7 @@ class RecurrentBase(nn.Module):
         return {}
 
     def get_extra_state(self) -> Tensor:
-        """The plan as bytes. A method of this name is how torch.distributed.checkpoint knows that there is more to send."""
+        """The plan as bytes. torch.distributed.checkpoint sends more than tensors only for modules with this method."""
         return plan_tensor(self.norm)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -189,7 +191,7 @@ class RecurrentBase(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load unless the checkpoint was saved under another plan: then nothing of this module is touched."""
+        """Load, unless the checkpoint was saved under another plan: then nothing of this module changes."""
         key = prefix + PLAN_KEY
         try:
             plan = saved_plan(state_dict, prefix)
@@ -220,7 +222,7 @@ class RecurrentBase(nn.Module):
         return ", ".join(parts)
 
     def _repr_defaults(self) -> dict[str, Any]:
-        """Options that are shown where they differ from these."""
+        """Options and the values at which `repr` leaves them out."""
         return {}
 
 
@@ -230,9 +232,9 @@ def plan_tensor(plan: NormPlan) -> Tensor:
 
 
 def saved_plan(state_dict: dict[str, Any], prefix: str) -> NormPlan | None:
-    """The plan of the layer that was saved under `prefix`; None if nothing was, or if it had norms but not their plan.
+    """The plan of the layer saved under `prefix`; None if no layer was, or one with norms but without its plan.
 
-    Weights without any gain are those of a plain layer: torch.nn saves no plan, and neither does festina for one.
+    Weights without any gain are those of a plain layer: neither torch.nn nor Festina saves a plan for one.
     """
     saved = state_dict.get(prefix + PLAN_KEY)
     if saved is not None:

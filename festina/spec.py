@@ -1,6 +1,6 @@
-"""What a cell is: its gates, its states, its parameters. Nothing here computes; everything else asks here.
+"""What a cell and a layer are: gates, states, parameters. Nothing here computes; everything else asks here.
 
-Sizes, everywhere: `T` steps, `B` batch, `I` input_size, `H` hidden_size, `G` gates, `P` what h is wide (proj_size, or H),
+Sizes, everywhere: `T` steps, `B` batch, `I` input_size, `H` hidden_size, `G` gates, `P` width of h (proj_size, or H),
 `D` directions, `L` layers, `N` valid steps of all rows together.
 """
 
@@ -17,17 +17,17 @@ from festina.norms import NONE, PLANS, NormPlan
 
 @dataclass(frozen=True)
 class CellSpec:
-    """One cell: the facts that parameters, reference, kernels, tests and docs derive everything from.
+    """One cell: the facts from which parameters, reference, kernels, tests and docs are derived.
 
     Args:
-        name: what the cell is called in tables and tokens.
+        name: its key in `CELLS`, and in tokens.
         gates: the blocks of `weight_ih`, in `torch.nn`'s order.
-        states: what is carried from step to step, h first.
-        steps: the placements this cell admits, each with the name of the step function that serves it. A step sees two
-            pre-activations (from x and from h), or the one normalised sum where the placement is `joint`.
-        groups: the `NormPlan.groups` this cell admits.
-        early_step: the step that follows a reset gate which has already acted (`NormPlan.reset` other than `normed`);
-            None for a cell without one.
+        states: the names of the states carried from step to step, h first.
+        steps: the placements that this cell admits, each with the name of its step function in every telling. The function
+            takes two pre-activations (from x and from h), or their one normalised sum if the placement is `joint`.
+        groups: the `NormPlan.groups` that this cell admits.
+        early_step: the step function for plans in which the reset gate acts before the norm (`NormPlan.reset` other than
+            `normed`); None for a cell without a reset gate.
         diagonal: the recurrent weight is a vector, `u ⊙ h`: no recurrent bias, no recurrent norm.
         projects: the cell can project h (`proj_size`).
     """
@@ -54,11 +54,11 @@ class CellSpec:
         return slice(start, start + hidden_size)
 
     def fit(self, plan: NormPlan) -> NormPlan:
-        """The plan as this cell carries it out: without what acts on c, on a reset gate or on h's product where there is none.
+        """The plan without the fields that have nothing to act on in this cell: no c, no reset gate, no recurrent product.
 
         Raises:
-            TypeError: `plan` is no plan.
-            ValueError: the cell has no such placement or grouping.
+            TypeError: `plan` is not a NormPlan.
+            ValueError: the cell does not admit its placement or groups.
         """
         if not isinstance(plan, NormPlan):
             raise TypeError(
@@ -89,7 +89,7 @@ class CellSpec:
         return plan.placement in self.steps and plan.groups in self.groups
 
     def named(self, plan: NormPlan) -> NormPlan:
-        """`plan`, which `fit` gave, under the first name of `norms.PLANS` that means the same for this cell.
+        """A fitted plan under the first name in `norms.PLANS` that means the same for this cell.
 
         >>> GRU.named(GRU.fit(PLANS["FASTRNNS"]))
         norms.HASTE
@@ -123,21 +123,21 @@ INDRNN = CellSpec(
 INDRNN_RELU = replace(INDRNN, name="indrnn_relu", steps={"none": "indrnn_relu", "separate": "indrnn_relu"})
 
 SAVED = 2
-"""Counts changes of what any backend saves for backward. torch.compile keeps graphs on disk, with the sizes of saved tensors in
-them; with this number in its `token` a layer never meets the graph of another version."""
+"""Version of what backends save for backward. torch.compile keeps graphs on disk, with the sizes of saved tensors in them;
+this number is part of the `token`, so that a layer never meets the graph of another version."""
 
 CELLS: dict[str, CellSpec] = {spec.name: spec for spec in (LSTM, GRU, INDRNN, INDRNN_RELU)}
-"""Every cell by name: the list that tests, benchmarks and kernels go through."""
+"""Every cell by name; tests, benchmarks and docs go through this list."""
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer: a cell, a norm plan that fits it, and which parameters there are. It travels through operators as `token`.
+    """One layer: a cell, a norm plan that fits it, and which parameters it has. An operator takes it as its `token`.
 
     Args:
         cell: the cell.
         plan: where its norms sit.
-        bias: biases and the shifts of norms exist.
+        bias: the layer has biases, and its norms have shifts.
         projected: h is projected by `weight_hr`.
         directions: 1, or 2 for a bidirectional layer; the second runs from the last step to the first.
     """
@@ -150,10 +150,10 @@ class LayerSpec:
     parameter_names: tuple[str, ...] = field(init=False, repr=False, compare=False)
     """The names of `parameter_shapes`, in order."""
     token: str = field(init=False, repr=False, compare=False)
-    """The layer as one string, for operators; `LayerSpec.parse` gives it back."""
+    """The layer as one string, for operators; `LayerSpec.parse` reads it."""
 
     def __post_init__(self) -> None:
-        # Both are asked for at every call. Not cached properties: torch.compile cannot trace their lock (Python < 3.12).
+        # Every call asks for both. Not cached properties: torch.compile cannot trace their lock (Python < 3.12).
         object.__setattr__(self, "plan", self.cell.fit(self.plan))
         object.__setattr__(self, "parameter_names", tuple(self.parameter_shapes(1, 1, 1)))
         fields = {"plan": self.plan.to_dict(), "bias": self.bias, "projected": self.projected}
@@ -161,7 +161,7 @@ class LayerSpec:
         object.__setattr__(self, "token", token)
 
     def __hash__(self) -> int:
-        return hash(self.token)  # a string keeps its hash; this one is asked for at every call
+        return hash(self.token)  # a string keeps its hash, and every call asks for this one
 
     def parameter_shapes(self, I: int, H: int, P: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of one direction, `torch.nn`'s first and in its order.
@@ -192,18 +192,18 @@ class LayerSpec:
 
     @property
     def norm_shifts(self) -> frozenset[str]:
-        """The parameters that are added right after a norm."""
+        """The parameters added right after a norm."""
         products = {"none": (), "separate": ("bias_ih", "bias_hh"), "joint": ("bias_joint",)}[self.plan.placement]
         return frozenset((*products, "bias_c")) & frozenset(self.parameter_names)
 
     @property
     def shift(self) -> str | None:
-        """The parameter that is added to the pre-activations last on the input side: where a forget bias is put."""
+        """The parameter added last to the pre-activations on the input side: the forget bias goes there."""
         return next((name for name in ("bias_ih", "bias_joint") if name in self.parameter_names), None)
 
     @property
     def step(self) -> str:
-        """The name of the step function that serves this layer."""
+        """The name of this layer's step function."""
         if self.plan.reset != "normed" and self.cell.early_step:
             return self.cell.early_step
         return self.cell.steps[self.plan.placement]
@@ -221,7 +221,7 @@ class LayerSpec:
     @staticmethod
     @cache
     def parse(token: str) -> LayerSpec:
-        """The layer that a `token` stands for."""
+        """The layer with this `token`."""
         fields = json.loads(token)
         del fields["saved"]
         return LayerSpec(

@@ -1,7 +1,7 @@
-"""Who carries out a recurrence: an ordered list of backends, one choice per call, a reason for every refusal.
+"""The backends: an ordered list, one choice per call, a reason for every refusal.
 
-A choice can be asked (`explain`) and forced (`use`, or the environment variable `FESTINA_BACKEND`). A forced backend
-never falls back in silence.
+`explain` tells the choice; `use` or the environment variable `FESTINA_BACKEND` forces one. A forced backend never falls
+back in silence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from festina.spec import LayerSpec
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and is unknown or cannot run the case."""
+    """A backend was forced that is unknown or cannot run the case."""
 
 
 class Backend(Protocol):
@@ -36,13 +36,13 @@ class Backend(Protocol):
         """None, or the reason why not, as a phrase."""
 
     def forward(self, call: Call) -> Outputs:
-        """For inference: nothing is kept."""
+        """The outputs, in inference: nothing is saved."""
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
-        """The same numbers, and what `backward` needs besides the call and its outputs."""
+        """The same outputs, and the tensors that `backward` needs besides the call and its outputs."""
 
     def saved_like(self, call: Call) -> list[Tensor]:
-        """Tensors of the shapes and types of what `forward_train` keeps, whatever they hold; for shape propagation."""
+        """Tensors of the shapes and dtypes that `forward_train` saves, for shape propagation; their values do not matter."""
 
     def backward(
         self,
@@ -59,7 +59,7 @@ class Backend(Protocol):
 
 
 class Stepper(Backend, Protocol):
-    """A backend that has a shorter way for cells, which are called so often that checks cost more than kernels."""
+    """A backend with a shorter way for one step of a cell, where checks would cost more than the kernel."""
 
     def step(
         self,
@@ -96,7 +96,7 @@ def registry() -> dict[str, Backend]:
 
 @cache
 def steppers(force: str = "") -> tuple[Stepper, ...]:
-    """The backends with a shorter way for one step, best first; or `force` alone, if it has one."""
+    """The backends that are `Stepper`s, best first; or `force` alone, if it is one."""
     asked = [backend for backend in registry().values() if force in ("", backend.name)]
     return tuple(backend for backend in asked if hasattr(backend, "step"))  # type: ignore[misc]
 
@@ -119,7 +119,7 @@ def get(name: str) -> Backend:
 
 
 def isa(name: str) -> str | None:
-    """The instruction set in use by a backend whose kernels come per instruction set; None for the others."""
+    """The instruction set that a backend's kernels use; None for a backend without such kernels."""
     of: Callable[[], str | None] | None = getattr(get(name), "isa", None)
     return of() if of else None
 

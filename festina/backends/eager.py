@@ -13,7 +13,7 @@ from festina.call import Call, Case, Outputs
 
 
 class Eager:
-    """Runs `reference.py`. Keeps nothing for backward: that runs the equations once more, under autograd."""
+    """Runs `reference.py`. It saves nothing for backward, which runs the equations again under autograd."""
 
     name = "eager"
 
@@ -45,7 +45,7 @@ class Eager:
 
 @contextmanager
 def _autograd() -> Iterator[None]:
-    """Autograd as at the top: graphs made by AOT dispatch call operators below it, where nothing is recorded."""
+    """Enable autograd even below its dispatch key, where graphs made by AOT dispatch call operators."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     exclude = exclude.remove(torch._C.DispatchKey.AutogradFunctionality).remove(torch._C.DispatchKey.ADInplaceOrView)
     with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
