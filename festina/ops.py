@@ -257,6 +257,11 @@ class _Recurrence(torch.autograd.Function):
         )
 
 
+# `Function.apply` without its Python part, which unwraps tensors that outlived a `torch.func` transform: a fifth of a cell's
+# forward pass. A call that is watched takes the whole.
+_apply = super(torch.autograd.Function, _Recurrence).apply
+
+
 def record(backend: backends.Backend, call: Call, tensors: Sequence[Tensor], is_watched: bool = False) -> Outputs:
     """Carry out a call as a node of autograd's graph; by the operator if it is watched.
 
@@ -266,7 +271,9 @@ def record(backend: backends.Backend, call: Call, tensors: Sequence[Tensor], is_
         tensors: `call.tensors()`.
         is_watched: `is_watched(tensors)`.
     """
-    return Outputs(*(*_Recurrence.apply(backend, call, is_watched, *tensors), None)[:3])  # type: ignore[no-untyped-call]
+    apply = _Recurrence.apply if is_watched else _apply
+    output, h_n, *c_n = apply(backend, call, is_watched, *tensors)  # type: ignore[no-untyped-call]
+    return Outputs(output, h_n, c_n[0] if c_n else None)
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
