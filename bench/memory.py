@@ -59,14 +59,14 @@ def main() -> None:
         "--contestant", choices=CONTESTANTS, help="measure this one in this process (default: all, each in its own)"
     )
     args = parser.parse_args()
-    sizes = (args.steps, args.batch, args.input, args.hidden, args.layers)
+    sizes = {"T": args.steps, "B": args.batch, "I": args.input, "H": args.hidden, "L": args.layers}
     if args.contestant:
-        print(peak(args.contestant, *sizes))
+        print(peak(args.contestant, **sizes))
         return
     for contestant in CONTESTANTS:
         command = [sys.executable, __file__, *sys.argv[1:], "--contestant", contestant]
         got = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(json.dumps({"contestant": contestant, **dict(zip("TBIHL", sizes)), "peak_mib": round(got / 2**20, 1)}))
+        print(json.dumps({"contestant": contestant, **sizes, "peak_mib": round(got / 2**20, 1)}))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,8 @@ class Actor:
             self.h = self.cell(self.policy.inputs(observation).tanh(), self.h, resets=begins)
             action = Categorical(logits=self.policy.choice(self.h)).sample()
             steps.append((observation, begins, action, *self.maze.step(action)))
-        return Rollout(*(torch.stack(part) for part in zip(*steps)), h_0)
+        names = ("observations", "begins", "actions", "rewards", "over")
+        return Rollout(h_0=h_0, **{name: torch.stack(part) for name, part in zip(names, zip(*steps))})
 
 
 def returns(rewards: Tensor, over: Tensor, last_value: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def step(cell, plan, p, x, h, c):
     from_x, from_h = pre_activations(cell, plan, p, x, h)
     if plan.reset != "normed":
         r = [sigmoid(a + b) for a, b in zip(from_x[: len(h)], from_h[: len(h)], strict=True)]
-        from_x, from_h = pre_activations(cell, plan, p, x, h, r)
+        from_x, from_h = pre_activations(cell, plan, p, x, h, r=r)
     if cell == "lstm":
         h, c = lstm(plan, p, from_x, from_h, c)
     elif cell == "gru":
@@ -154,7 +154,7 @@ def run(call):
             for at in places if d == 0 else reversed(places):
                 if call.resets is not None and call.resets[d, at]:
                     h, c = [0.0] * len(h), None if c is None else [0.0] * len(c)
-                new_h, new_c = step(cell, plan, p, call.input[at].tolist(), h, c)
+                new_h, new_c = step(cell, plan, p, call.input[at].tolist(), h=h, c=c)
                 mask, cell_mask = (
                     None if m is None else m[d, at].tolist() for m in (call.zoneout_mask, call.zoneout_cell_mask)
                 )

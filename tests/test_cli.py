@@ -300,7 +300,7 @@ def test_bench_prints_no_number_for_a_wrong_result(tmp_path, monkeypatch, capsys
 
 
 def test_lengths_of_the_ragged_batch():
-    point = benchmark.Point("lstm", "HASTE", 200, 64, 1, 1, "float32")
+    point = benchmark.Point(cell="lstm", plan="HASTE", T=200, B=64, I=1, H=1, dtype="float32")
     lengths = point.lengths()
     assert (min(lengths), max(lengths), len(lengths)) == (25, 200, 64)
     assert point.gflop("ragged") / point.gflop("forward+backward") == pytest.approx(sum(lengths) / (200 * 64))
