@@ -1,10 +1,10 @@
-"""How much memory a training step takes at its peak: the process's resident memory, beside torch.nn's layer.
+"""Peak resident memory of a training step, against torch.nn's layer.
 
   python bench/memory.py --batch 64 --hidden 512
-  python bench/memory.py --layers 4                  where checkpointing layer by layer pays
+  python bench/memory.py --layers 4                  checkpointing layer by layer pays here
 
-Every contestant has a process of its own. What counts is how far the peak of two steps of forward and backward lies above
-what the process held with layer, input and gradients' targets in place; the second step finds what the first gave back.
+Every contestant runs in a separate process. The result is the peak of two training steps (forward and backward) above the
+memory held with layers, input and output gradient in place; the second step can reuse what the first released.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ CONTESTANTS = ("torch.nn.LSTM", "festina.LayerNormLSTM", "festina.LayerNormLSTM,
 
 
 def resident(field: str) -> int:
-    """Bytes, now (`VmRSS`) or at the peak (`VmHWM`)."""
+    """Resident bytes, now (`VmRSS`) or at the peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(field))) << 10
 
 
 def peak(contestant: str, T: int, B: int, I: int, H: int, L: int) -> int:
-    """Bytes at the peak of two training steps above what was there before."""
+    """Peak bytes of two training steps above the memory held before them."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -43,7 +43,7 @@ def peak(contestant: str, T: int, B: int, I: int, H: int, L: int) -> int:
 
     small = torch.randn(2, 1, I, requires_grad=True)
     warm = run(small)
-    warm.backward(torch.ones_like(warm))  # threads, gradients, and what torch imports at the first such call are there
+    warm.backward(torch.ones_like(warm))  # creates threads and gradients, and makes torch import what it needs
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = resident("VmRSS")
     for _ in range(2):
@@ -56,17 +56,17 @@ def main() -> None:
     for name, size in (("steps", 50), ("batch", 64), ("input", 256), ("hidden", 512), ("layers", 1)):
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument(
-        "--contestant", choices=CONTESTANTS, help="measure this one here (the others start such processes)"
+        "--contestant", choices=CONTESTANTS, help="measure this one in this process (default: all, each in its own)"
     )
     args = parser.parse_args()
-    sizes = (args.steps, args.batch, args.input, args.hidden, args.layers)
+    sizes = {"T": args.steps, "B": args.batch, "I": args.input, "H": args.hidden, "L": args.layers}
     if args.contestant:
-        print(peak(args.contestant, *sizes))
+        print(peak(args.contestant, **sizes))
         return
     for contestant in CONTESTANTS:
         command = [sys.executable, __file__, *sys.argv[1:], "--contestant", contestant]
         got = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(json.dumps({"contestant": contestant, **dict(zip("TBIHL", sizes)), "peak_mib": round(got / 2**20, 1)}))
+        print(json.dumps({"contestant": contestant, **sizes, "peak_mib": round(got / 2**20, 1)}))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What a call costs before any arithmetic: T = 1, B = 1, H = 8, beside torch.nn.LSTM and LSTMCell.
+"""Overhead of a call, almost without arithmetic: T = 1, B = 1, H = 8, against torch.nn.LSTM and LSTMCell.
 
-    python bench/overhead.py                 with the backend that runs here
-    python bench/overhead.py --backend null  with one that computes nothing: what is left is Festina's own Python
+    python bench/overhead.py                 with the best backend that can run
+    python bench/overhead.py --backend null  with one that computes nothing: only Festina's own Python is measured
 
-µs of CPU time of the calling thread, the median of rounds in which everybody takes a turn: other programs on the machine
-count less so. One thread, float32; backward is torch.autograd.grad of the output with respect to all parameters.
+The result is µs of the calling thread's CPU time, the median of rounds in which the contestants take turns, so that other
+programs disturb it less. One thread, float32; backward is torch.autograd.grad of the output for all parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ H, REPEATS = 8, 100
 
 
 class Null:
-    """A backend that computes nothing: the least that any could do."""
+    """A backend that computes nothing: a lower bound for all others."""
 
     name = "null"
 
@@ -71,7 +71,7 @@ def forward_backward(module: nn.Module, *inputs: Any) -> Callable[[], object]:
 
 
 def race(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """µs a call."""
+    """µs per call."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 3):
         for name, work in works.items():
@@ -85,7 +85,7 @@ def race(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", help="force this one (default: the best that can run)")
+    parser.add_argument("--backend", help="force this backend (default: the best that can run)")
     parser.add_argument("--rounds", type=int, default=51)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

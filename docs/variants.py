@@ -1,4 +1,4 @@
-"""Makes the tables of variants.md: `python docs/variants.py` writes them, `--check` says whether they are up to date."""
+"""The tables of variants.md: `python docs/variants.py` writes them, `--check` exits with 1 unless they are up to date."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ PAGE = Path(__file__).with_suffix(".md")
 
 @dataclass(frozen=True)
 class Variant:
-    """One cell of one project or several.
+    """A cell as one or more projects compute it.
 
     Args:
         cell: the cell.
-        who: who uses it.
-        plan: what it is here.
-        formats: how its checkpoints are read; several where projects share the function.
-        gates: the order of its gates, where there is no format that knows.
-        note: what else to know.
+        who: the projects.
+        plan: its plan.
+        formats: the formats that read its checkpoints.
+        gates: the order of its gates, if no format has it.
+        note: a remark.
     """
 
     cell: CellSpec
@@ -46,8 +46,12 @@ VARIANTS = [
     Variant(LSTM, "haste LayerNormLSTM", N.HASTE, ("haste.LayerNormLSTM", "haste_tf.LayerNormLSTM")),
     Variant(LSTM, "OpenAI baselines, stable-baselines lnlstm", N.HASTE, ("baselines.lnlstm",)),
     Variant(LSTM, "Ba et al. 2016, supplement (20)-(22)", N.BA2016, gates="fiog"),
-    Variant(LSTM, "Ba et al. 2016, DRAW experiment; ryankiros/layer-norm LSTM_LN.lua but for its eps", N.BA2016_DRAW),
-    Variant(LSTM, "ryankiros/layer-norm lnlstm_layer", N.LNLSTM, gates="ifog", note="one bias, inside and outside"),
+    Variant(
+        LSTM, "Ba et al. 2016, DRAW experiment; ryankiros/layer-norm LSTM_LN.lua except for its eps", N.BA2016_DRAW
+    ),
+    Variant(
+        LSTM, "ryankiros/layer-norm lnlstm_layer", N.LNLSTM, gates="ifog", note="one bias, added inside and outside"
+    ),
     Variant(LSTM, "Sockeye 1 LayerNormLSTMCell", N.SOCKEYE, gates="ifgo"),
     Variant(LSTM, "Marian --layer-normalization", N.MARIAN),
     Variant(LSTM, "DI-engine LSTM", N.DING, ("ding.LSTM",)),
@@ -74,7 +78,7 @@ VARIANTS = [
     Variant(LSTM, "Sockeye 1 LayerNormPerGateLSTMCell", N.SOCKEYE_PER_GATE, gates="ifgo"),
     Variant(LSTM, "Lingvo LayerNormalizedLSTMCellSimple", N.LINGVO, ("lingvo.LayerNormalizedLSTMCellSimple",)),
     Variant(LSTM, "Lingvo LayerNormalizedLSTMCellLean", N.LINGVO_LEAN, ("lingvo.LayerNormalizedLSTMCellLean",)),
-    Variant(LSTM, "TensorFlow Lite, NNAPI", N.TFLITE, note="a tensor for each gate"),
+    Variant(LSTM, "TensorFlow Lite, NNAPI", N.TFLITE, note="one tensor per gate"),
     Variant(GRU, "haste LayerNormGRU", N.HASTE, ("haste.LayerNormGRU", "haste_tf.LayerNormGRU")),
     Variant(GRU, "Marian --layer-normalization", N.MARIAN, gates="rzn", note="not its final cells, r·(h + b)"),
     Variant(GRU, "Sockeye 1 LayerNormGRUCell", N.SOCKEYE, gates="rzn"),
@@ -91,27 +95,27 @@ VARIANTS = [
 ]
 
 OTHERS = {
-    "pytorch-kaldi LSTM, GRU, liGRU": "h itself is normalised after each step, with the unbiased deviation",
-    "DyNet VanillaLSTMBuilder": "eps is added to the deviation, and at step 0 the whole norm of h's product is left out",
-    "ryankiros/layer-norm LSTM_LN.lua": "eps is added to the deviation; otherwise `BA2016_DRAW`",
-    "custom_lstms.py with decompose_layernorm=True": "a norm without eps: NaN wherever h is 0, so at step 0 from zeros",
-    "RETURNN with cell_norm_in_output=False (RNMT+)": "the normalised c is carried while h is made from the raw one",
+    "pytorch-kaldi LSTM, GRU, liGRU": "h itself is normalised after each step, with the unbiased standard deviation",
+    "DyNet VanillaLSTMBuilder": "eps is added to the standard deviation, and step 0 skips the norm of the recurrent product",
+    "ryankiros/layer-norm LSTM_LN.lua": "eps is added to the standard deviation; otherwise `BA2016_DRAW`",
+    "custom_lstms.py with decompose_layernorm=True": "a norm without eps: NaN if h is 0, so at step 0 of a zero state",
+    "RETURNN with cell_norm_in_output=False (RNMT+)": "the normalised c is carried, but h is computed from the raw c",
     "RETURNN with hidden_norm": "h is normalised once more before it is fed back",
-    "tf.contrib LayerNormLSTMCell with peepholes; Sonnet 1 with peepholes": "a gate sees c; no cell here has peepholes",
-    "tf.contrib LayerNormBasicGRUCell (a pull request)": "gates under one norm on the sum, the candidate under two",
+    "tf.contrib LayerNormLSTMCell with peepholes; Sonnet 1 with peepholes": "gates depend on c; no cell here has peepholes",
+    "tf.contrib LayerNormBasicGRUCell (a pull request)": "one norm on the sum for the gates, two for the candidate",
     "Lingvo and TensorFlow Lite with coupled gates": "three gates, i = 1 − f: another cell",
     "Lingvo without output_nonlinearity": "h = σ(o)·c: another cell",
-    "Sockeye 1 LayerNormPerGateGRUCell": "no checkpoint or test of it was found to settle where its reset gate acts",
-    "DreamerV3 since 2024": "no norm on the gates, and block-diagonal weights",
-    "xLSTM sLSTM": "no norm inside the recurrence, and exponential gates: another cell",
-    "SpeechBrain SLiGRU, liGRU": "a gate and a candidate without reset gate, with relu: another cell",
+    "Sockeye 1 LayerNormPerGateGRUCell": "no checkpoint or test was found that shows where its reset gate acts",
+    "DreamerV3 since 2024": "no norm on the gates, block-diagonal weights",
+    "xLSTM sLSTM": "no norm inside the recurrence, exponential gates: another cell",
+    "SpeechBrain SLiGRU, liGRU": "one gate and a relu candidate, no reset gate: another cell",
     "Kaldi norm-opgru": "an RMS norm on the projected h, batch norm on the output",
     "SRU": "the norm is on the layer's input, outside the recurrence: put a `LayerNorm` in front of an `SRU`",
 }
 
 
 def describe(plan: NormPlan, cell: CellSpec) -> str:
-    """Where the norms of a plan sit, for people."""
+    """The placement of a plan in words."""
     plan = cell.fit(plan)
     placement = {"none": "", "separate": "x | h", "joint": "x + h"}[plan.placement]
     if cell.diagonal:
@@ -127,7 +131,7 @@ def describe(plan: NormPlan, cell: CellSpec) -> str:
 
 
 def run(cell: CellSpec, plan: NormPlan) -> Tensor:
-    """The output of a cell under a plan, on weights that are the same for all plans."""
+    """The output of a cell under a plan, with the same weights for all plans."""
     layer = LayerSpec(cell, plan)
     T, B, I, H = 50, 8, 16, 32
     draw = torch.Generator().manual_seed(0)
@@ -150,13 +154,13 @@ def run(cell: CellSpec, plan: NormPlan) -> Tensor:
 
 @cache
 def distance(cell: CellSpec, plan: NormPlan) -> str:
-    """The largest difference of any output from HASTE's, in two digits."""
+    """The largest difference of any output from HASTE's, to two digits."""
     worst = float((run(cell, plan) - run(cell, norms.HASTE)).abs().max())
     return f"{worst:.2g}" if worst else "0"
 
 
 def kernels(cell: CellSpec, plan: NormPlan) -> str:
-    """The backends with a kernel for the plan: those that refuse it no more than they refuse the plain cell, on any device."""
+    """The backends with kernels for the plan: on each device they refuse it only if they refuse the plain cell."""
 
     def refusals(layer: LayerSpec, name: str) -> list[str | None]:
         return [backends.get(name).can_run(Case(layer, torch.float32, device)) for device in ("cpu", "cuda")]
@@ -191,7 +195,7 @@ def others_table() -> Iterator[str]:
 
 
 def page() -> str:
-    """The page with its tables made anew."""
+    """The page with its tables up to date."""
     text = PAGE.read_text("utf-8")
     for name, table in (("plans", plans_table()), ("others", others_table())):
         mark = f"<!-- made by docs/variants.py: {name} -->\n"

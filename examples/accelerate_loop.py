@@ -1,7 +1,7 @@
-"""A loop of Hugging Face Accelerate around a layer-normalised layer: classify noisy waves by their frequency.
+"""A Hugging Face Accelerate loop with a layer-normalised layer: classify noisy waves by their frequency.
 
 `accelerate launch examples/accelerate_loop.py` runs the same file on several processes or GPUs; `--mixed-precision bf16`
-makes the products in bfloat16 while norms, gates and c stay in float32.
+computes the products in bfloat16, while norms, gates and c stay in float32.
 
     pip install accelerate
     python examples/accelerate_loop.py
@@ -25,7 +25,7 @@ CLASSES, STEPS = 3, 16
 
 
 def waves(rows: int) -> TensorDataset:
-    """Two noisy channels, sine and cosine, `[rows, STEPS, 2]`; which of the frequencies it is."""
+    """Two noisy channels, sine and cosine, `[rows, STEPS, 2]`, and the class of each row's frequency."""
     generator = torch.Generator().manual_seed(0)
     kind = torch.randint(CLASSES, (rows,), generator=generator)
     phase = torch.rand(rows, 1, generator=generator) * 6.3
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
 
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
-    """Train; the mean loss of each epoch."""
+    """Train and return the mean loss of each epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rows", type=int, default=512)

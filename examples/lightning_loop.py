@@ -1,7 +1,7 @@
-"""A Lightning loop around a layer-normalised layer, with rows of different lengths.
+"""A Lightning loop with a layer-normalised layer and sequences of different lengths.
 
-The task: add up the numbers that a mark points at (the adding problem), in sequences of different lengths. There is nothing
-to know about Festina here, which is the point: the layer is a module, lengths come with the batch.
+The task is the adding problem: the sum of the two marked numbers of a sequence. Lightning needs nothing special for
+Festina: the layer is a module, and the lengths come with the batch.
 
     pip install lightning
     python examples/lightning_loop.py
@@ -28,7 +28,7 @@ def adding_problem(rows: int, steps: int) -> TensorDataset:
     numbers = torch.rand(rows, steps, generator=generator)
     lengths = torch.randint(steps // 2, steps + 1, (rows,), generator=generator)
     order = torch.rand(rows, steps, generator=generator)
-    order[torch.arange(steps) >= lengths.unsqueeze(1)] = -1  # no mark lies past a row's end
+    order[torch.arange(steps) >= lengths.unsqueeze(1)] = -1  # no mark past a row's end
     marks = torch.zeros(rows, steps).scatter(1, order.topk(2).indices, 1.0)
     return TensorDataset(torch.stack([numbers, marks], 2), lengths, (numbers * marks).sum(1))
 
@@ -43,7 +43,7 @@ class Adder(lightning.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], index: int) -> Tensor:
         frames, lengths, want = batch
-        _, (h_n, _) = self.rnn(frames, lengths=lengths.cpu())  # each row's own last state
+        _, (h_n, _) = self.rnn(frames, lengths=lengths.cpu())  # each row's state after its last valid step
         loss = F.mse_loss(self.head(h_n[-1]).squeeze(1), want)
         self.sums.append(loss.item())
         return loss
@@ -57,7 +57,7 @@ class Adder(lightning.LightningModule):
 
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
-    """Train; the mean loss of each epoch."""
+    """Train and return the mean loss of each epoch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rows", type=int, default=512)

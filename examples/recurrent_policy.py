@@ -1,13 +1,13 @@
-"""A recurrent policy that has to remember: the T-maze, learned by advantage actor-critic, with episodes inside the batch.
+"""A recurrent policy that needs memory: the T-maze, learned by advantage actor-critic, with episodes inside the batch.
 
-At the start of a corridor a sign points left or right. The agent walks on, a step at a time, past nothing at all, until it
-stands at the junction: only there its turn counts, +1 if it goes where the sign pointed, −1 if not. Corridors differ in
-length, so episodes end at different times in different rows of the batch, and the next one begins at once. Nothing is padded
-and no sequence is cut: a rollout is `[T, B]` steps as they came, and `resets=` says where a row begins anew. Memory never
-leaks from one episode into the next, in the forward pass or in the gradient.
+At the start of a corridor a sign points left or right. The agent walks an empty corridor, one step at a time, to the junction,
+and only its turn there is rewarded: +1 in the direction of the sign, −1 in the other. Corridors differ in length, so episodes
+end at different times in different rows of the batch, and the next episode of a row begins at once. Nothing is padded and no
+sequence is cut: a rollout is `[T, B]` steps in the order they happened, and `resets=` marks the first step of each episode.
+Memory never leaks from one episode into the next, neither in the forward pass nor in the gradient.
 
-The agent acts with the cell, one step at a time without gradients; it learns with the layer, the whole rollout in one call.
-Both are the same parameters and give the same numbers.
+The agent acts with the cell, one step at a time without gradients, and learns with the layer, the whole rollout in one call.
+Both have the same parameters and give the same results.
 
     python examples/recurrent_policy.py
     python examples/recurrent_policy.py --longest 20 --updates 400
@@ -29,7 +29,7 @@ DISCOUNT, ENTROPY = 0.95, 0.01
 
 
 class TMaze:
-    """`B` corridors at once. An observation is (sign, junction): the sign −1 or 1 at the first step, 0 after it."""
+    """`B` corridors at once. An observation is (sign, junction): the sign is −1 or 1 at the first step and 0 afterwards."""
 
     observation_size, actions = 2, 2
 
@@ -47,11 +47,11 @@ class TMaze:
         self.begins = rows
 
     def observe(self) -> Tensor:
-        """`[B, 2]`."""
+        """Observations `[B, 2]`."""
         return torch.stack([self.sign * self.begins, (self.left == 0).float()], 1)
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Rewards `[B]`, and which episodes are over: their rows begin anew."""
+        """Rewards `[B]`, and which episodes are over; a new one begins in their rows."""
         over = self.left == 0
         right = (action * 2 - 1) == self.sign
         reward = torch.where(over, right * 2.0 - 1, 0.0)
@@ -61,7 +61,7 @@ class TMaze:
 
 
 class Policy(nn.Module):
-    """Observations to a choice between actions and an estimate of what is still to be won."""
+    """From observations to a distribution over actions and an estimate of the return."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -71,14 +71,14 @@ class Policy(nn.Module):
         self.value = nn.Linear(hidden, 1)
 
     def forward(self, observations: Tensor, h_0: Tensor, begins: Tensor) -> tuple[Categorical, Tensor]:
-        """A whole rollout: observations `[T, B, 2]`, h_0 `[1, B, H]`, begins `[T, B]`."""
+        """Run a whole rollout: observations `[T, B, 2]`, h_0 `[1, B, H]`, begins `[T, B]`."""
         output, _ = self.rnn(self.inputs(observations).tanh(), h_0, resets=begins)
         return Categorical(logits=self.choice(output)), self.value(output).squeeze(-1)
 
 
 @dataclass
 class Rollout:
-    """What happened in `T` steps of every row, `[T, B]` each; `h_0 [1, B, H]` is the memory before them."""
+    """`T` steps of every row, `[T, B]` each; `h_0 [1, B, H]` is the memory before them."""
 
     observations: Tensor
     begins: Tensor
@@ -89,7 +89,7 @@ class Rollout:
 
 
 class Actor:
-    """Acts with the policy's cell; its memory goes on from rollout to rollout."""
+    """Acts with the policy's cell; its memory carries over from rollout to rollout."""
 
     def __init__(self, policy: Policy, maze: TMaze) -> None:
         self.policy, self.maze, self.cell = policy, maze, policy.rnn.cell()
@@ -103,11 +103,12 @@ class Actor:
             self.h = self.cell(self.policy.inputs(observation).tanh(), self.h, resets=begins)
             action = Categorical(logits=self.policy.choice(self.h)).sample()
             steps.append((observation, begins, action, *self.maze.step(action)))
-        return Rollout(*(torch.stack(part) for part in zip(*steps)), h_0)
+        names = ("observations", "begins", "actions", "rewards", "over")
+        return Rollout(h_0=h_0, **{name: torch.stack(part) for name, part in zip(names, zip(*steps))})
 
 
 def returns(rewards: Tensor, over: Tensor, last_value: Tensor) -> Tensor:
-    """What was won from each step on, discounted, to the end of its episode; `last_value` stands for what is yet to come.
+    """The discounted return from each step to the end of its episode; `last_value` estimates the return after the rollout.
 
     >>> returns(torch.tensor([[0.0], [1.0], [0.0]]), torch.tensor([[False], [True], [False]]), torch.tensor([2.0])).T
     tensor([[0.9500, 1.0000, 1.9000]])
@@ -120,9 +121,9 @@ def returns(rewards: Tensor, over: Tensor, last_value: Tensor) -> Tensor:
 
 
 def learn(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout) -> None:
-    """One step of advantage actor-critic."""
+    """One optimiser step of advantage actor-critic."""
     choices, values = policy(rollout.observations, rollout.h_0, rollout.begins)
-    won = returns(rollout.rewards, rollout.over, values[-1].detach())  # the last step's own value is near enough
+    won = returns(rollout.rewards, rollout.over, values[-1].detach())  # the last step's own value is close enough
     advantage = (won - values).detach()
     loss = -(choices.log_prob(rollout.actions) * advantage).mean()
     loss = loss + 0.5 * (won - values).square().mean() - ENTROPY * choices.entropy().mean()
@@ -133,12 +134,12 @@ def learn(policy: Policy, optimizer: torch.optim.Optimizer, rollout: Rollout) ->
 
 
 def main(argv: Sequence[str] | None = None) -> list[float]:
-    """Learn, and tell now and then; the share of right turns in each rollout."""
+    """Learn, print progress, and return the share of right turns in each rollout."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=150)
-    parser.add_argument("--rows", type=int, default=64, help="corridors at once")
-    parser.add_argument("--steps", type=int, default=20, help="of a rollout")
-    parser.add_argument("--longest", type=int, default=6, help="steps from the sign to the junction, at most")
+    parser.add_argument("--rows", type=int, default=64, help="number of corridors")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a rollout")
+    parser.add_argument("--longest", type=int, default=6, help="largest number of steps from the sign to the junction")
     parser.add_argument("--hidden", type=int, default=32)
     args = parser.parse_args(argv)
     torch.manual_seed(0)

@@ -1,14 +1,14 @@
-"""Streaming: many independent streams, one frame at a time, with the weights and the numbers of the layer.
+"""Streaming: many independent streams, one frame at a time, with the weights and the results of the layer.
 
 A server listens to a batch of audio streams. Every 10 ms each stream delivers one frame; now and then a caller hangs up and
-another one takes the place in the batch. The model is a stack of LayerNormLSTM layers with a head that says whether
-somebody speaks. It is trained over whole recordings with `lengths=`, and then
+another one takes the place in the batch. The model, a stack of LayerNormLSTM layers with a linear head, detects speech. It is
+trained on whole recordings with `lengths=`, and then
 
-  - reads the first seconds of each stream at once, with the layer: that is fastest where the frames are already there;
-  - carries the layer's state over into its cells and goes on frame by frame, `resets=` marking the rows that begin anew;
-  - hands the cells' state back to the layer when a backlog has to be caught up with.
+  - reads the first seconds of each stream at once with the layer, the fastest way if the frames are already there;
+  - passes the layer's state to its cells and continues frame by frame, with `resets=` for the rows where a new caller begins;
+  - passes the cells' state back to the layer to catch up with a backlog.
 
-The state lives in a plain list of tensors outside the module, so one module serves any number of batches.
+The state is a plain list of tensors outside the module, so one module serves any number of batches.
 
     python examples/streaming.py
     python examples/streaming.py --streams 32 --hidden 256
@@ -33,7 +33,7 @@ State = list[tuple[Tensor, Tensor]]
 
 
 class Detector(nn.Module):
-    """Frames `[B, T, BANDS]` to a score for each: does somebody speak?"""
+    """From frames `[B, T, BANDS]` to a score per frame: is there speech?"""
 
     def __init__(self, hidden: int, layers: int = 2) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Detector(nn.Module):
 
 
 class Stream:
-    """The same detector, a frame at a time: its cells share the layer's parameters, its state belongs to this object."""
+    """The detector, one frame at a time: the cells share the layer's parameters, this object holds the state."""
 
     def __init__(self, detector: Detector, rows: int) -> None:
         self.detector = detector
@@ -58,7 +58,7 @@ class Stream:
 
     @torch.inference_mode()
     def step(self, frame: Tensor, begins: Tensor | None = None) -> Tensor:
-        """Scores `[B]` of one frame `[B, BANDS]`; where `begins [B]` is True, a row forgets what it has heard."""
+        """Scores `[B]` of one frame `[B, BANDS]`; rows where `begins [B]` is True start from a zero state."""
         x = frame
         for index, cell in enumerate(self.cells):
             self.state[index] = cell(x, self.state[index], resets=begins)
@@ -68,7 +68,7 @@ class Stream:
 
     @torch.inference_mode()
     def catch_up(self, frames: Tensor) -> Tensor:
-        """Scores `[B, T]` of frames `[B, T, BANDS]` that are already there, at the layer's speed; then `step` goes on."""
+        """Scores `[B, T]` of frames `[B, T, BANDS]` that are already there, at the layer's speed; `step` can continue."""
         h, c = (torch.stack(parts) for parts in zip(*self.state))
         scores, (h, c) = self.detector(frames, (h, c))
         self.state = list(zip(h.unbind(), c.unbind()))
@@ -76,10 +76,10 @@ class Stream:
 
 
 def recordings(rows: int, steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Synthetic audio `[B, T, BANDS]` and, for each frame, whether somebody speaks.
+    """Synthetic audio `[B, T, BANDS]` and, for each frame, whether it contains speech.
 
-    Speech is a slow melody over the bands that sets in and breaks off; noise is everywhere and as loud, so that one frame
-    alone tells little and the last few tell much.
+    Speech is a slow melody over the bands that starts and stops; constant noise is as loud, so that a single frame says
+    little and the last few say much.
     """
     turns = torch.rand(rows, steps, generator=generator) < 0.05
     first = torch.rand(rows, 1, generator=generator) < 0.5
@@ -91,7 +91,7 @@ def recordings(rows: int, steps: int, generator: torch.Generator) -> tuple[Tenso
 
 
 def train(detector: Detector, steps: int, batch: int, frames: int, generator: torch.Generator) -> list[float]:
-    """Learn from recordings of different lengths, a batch a step; the losses."""
+    """Train on recordings of different lengths, one batch per training step, and return the losses."""
     optimizer = torch.optim.Adam(detector.parameters(), lr=5e-3)
     losses = []
     for _ in range(steps):
@@ -109,13 +109,13 @@ def train(detector: Detector, steps: int, batch: int, frames: int, generator: to
 
 @dataclass
 class Report:
-    """What `main` found.
+    """The results of `main`.
 
     Args:
-        losses: of training, step by step.
-        accuracy: share of streamed frames whose score was right.
-        difference: the largest between a score that was streamed and the one that the layer gives the whole recording.
-        us_per_frame: microseconds a step of the whole batch took.
+        losses: training losses, one per training step.
+        accuracy: share of streamed frames with a right score.
+        difference: largest difference between a streamed score and that of the layer over the whole recording.
+        us_per_frame: microseconds per step of the whole batch.
     """
 
     losses: list[float]
@@ -128,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=8, help="rows of the batch")
     parser.add_argument("--hidden", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=40, help="of training")
-    parser.add_argument("--frames", type=int, default=60, help="of a recording")
+    parser.add_argument("--steps", type=int, default=40, help="training steps")
+    parser.add_argument("--frames", type=int, default=60, help="frames of a recording")
     args = parser.parse_args(argv)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     detector.eval()
     print(f"trained {args.steps} steps: loss {losses[0]:.3f} to {losses[-1]:.3f}")
 
-    # Each row hears one recording and then another; `begins` marks where the second caller takes the place.
+    # Each row gets one recording and then another; `begins` marks the first frame of the second caller.
     B, T = args.streams, 2 * args.frames
     parts = [recordings(B, args.frames, generator) for _ in range(2)]
     sound, speaks = (torch.cat(both, 1) for both in zip(*parts))
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     streamed = torch.cat(scores, 1)
 
     with torch.inference_mode():
-        output, _ = detector.rnn(sound, resets=begins)  # the whole, in one call
+        output, _ = detector.rnn(sound, resets=begins)  # everything in one call
         whole = detector.score(output).squeeze(-1)
     report = Report(
         losses,

@@ -1,8 +1,7 @@
-"""Where a layer norm sits in a recurrent cell: `NormPlan` and the plans that have a name.
+"""Where a layer norm sits in a recurrent cell: `NormPlan` and the named plans.
 
-Two projects' "LayerNorm LSTM" with the same weights are different functions as soon as their norms sit in different
-places. So the place is data here: it has a name, is printed by every layer, is saved with the checkpoint and is
-compared on load.
+With the same weights, two projects' "LayerNorm LSTM" are different functions if their norms sit in different places. So
+the placement is data here: it has a name, every layer prints it, the checkpoint stores it, and loading compares it.
 """
 
 from __future__ import annotations
@@ -20,32 +19,32 @@ Reset = Literal["normed", "product", "state"]
 
 @dataclass(frozen=True)
 class NormPlan:
-    """Where the norms of a cell sit, over what they take their statistics, and of which kind they are.
+    """Where the norms of a cell sit, which values share statistics, and the kind of norm.
 
-    A norm is `N(v) = gain · (v − mean v) / sqrt(var v + eps)` with the biased variance; kind `rms` leaves the mean in:
+    A norm is `N(v) = gain · (v − mean v) / sqrt(var v + eps)` with the biased variance; kind `rms` does not subtract the mean:
     `N(v) = gain · v / sqrt(mean v² + eps)`. Statistics are taken in float32 or wider.
 
     Args:
         placement: `none`; `separate`, one norm on `W_ih x_t` and one on `W_hh h_{t-1}`; `joint`, one norm on their sum.
-        groups: what shares one mean and variance: `all` gates together (G·H values), each `gate` alone (H values), or
-            `gates|candidate`, all gates but the last together and the last alone (Ba et al.'s GRU).
+        groups: the values that share a mean and a variance: `all` gates together (G·H values), each `gate` alone (H values),
+            or `gates|candidate`, all gates but the last together and the last alone (Ba et al.'s GRU).
         cell: the norm on the LSTM's c: `none`; `readout`, only inside `h = o · tanh(N(c))`, the carried c stays raw;
-            `carried`, the normalised c is the state. A cell without c has no such norm, whatever stands here.
+            `carried`, the normalised c is the state. A cell without c ignores it.
         kind: `layer` or `rms`.
         eps: added to the variance (or to the mean square).
-        inner_bias: add a bias inside the norm, on the side of the input: `N(W_ih x + bias_inner)` or
+        inner_bias: add a bias inside the norm, on the input side: `N(W_ih x + bias_inner)` or
             `N(W_ih x + W_hh h + bias_inner)`.
-        inner_bias_hh: the same on the side of h, where it is another function than `inner_bias`: under separate norms, and
-            where the reset gate multiplies the product.
-        reset: what the GRU's reset gate multiplies: `normed`, the candidate's block once it is normalised and shifted
-            (of h's product; under a joint norm of the whole sum, as Dreamer has it); `product`, h's product before any norm;
+        inner_bias_hh: the same on the side of h. It differs from `inner_bias` under separate norms, and if the reset gate
+            multiplies the recurrent product.
+        reset: what the GRU's reset gate multiplies: `normed`, the candidate's block after norm and shift (of the recurrent
+            product; under a joint norm of the whole sum, as in Dreamer); `product`, the recurrent product before any norm;
             `state`, h before the product (Cho et al. 2014, v3). A cell without a reset gate ignores it.
-        clip: c is clamped to ±clip, the carried one, after its norm. A cell without c ignores it.
-        name: what the plan is called; it does not count when plans are compared.
+        clip: the carried c is clamped to ±clip, after its norm. A cell without c ignores it.
+        name: the name of the plan; comparison ignores it.
 
     Raises:
-        ValueError: a field holds none of its values, `eps` or `clip` is not positive, a field has nothing to act on, or the
-            candidate would be normalised together with the gate that it waits for.
+        ValueError: a field has an unknown value, `eps` or `clip` is not positive, a field has nothing to act on, or the
+            candidate would be normalised together with the reset gate that it needs first.
 
     >>> NormPlan("separate", cell="readout") == HASTE
     True
@@ -92,15 +91,15 @@ class NormPlan:
 
     @property
     def is_none(self) -> bool:
-        """True where there is no norm, nor a reset gate or a clip that `torch.nn` has not: the cell is the plain one."""
+        """True if the cell is that of `torch.nn`: no norm, no clip, and the reset gate as there."""
         return replace(self, eps=NONE.eps) == NONE
 
     def with_eps(self, eps: float) -> NormPlan:
-        """The same plan with another eps, and then without a name."""
+        """The same plan with another eps; a changed plan has no name."""
         return self if eps == self.eps else replace(self, eps=eps, name=None)
 
     def spans(self, gates: int) -> list[tuple[int, int]]:
-        """The groups of gates that share statistics, as (first, past the last) pairs.
+        """The groups of gates that share statistics, as (first, last + 1) pairs.
 
         >>> NormPlan("separate", groups="gates|candidate").spans(3)
         [(0, 2), (2, 3)]
@@ -112,18 +111,18 @@ class NormPlan:
         return [(0, gates - 1), (gates - 1, gates)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that make the plan, without its name; `NormPlan(**fields)` gives it back."""
+        """All fields but the name; `NormPlan(**fields)` is the inverse."""
         fields = asdict(self)
         del fields["name"]
         return fields
 
     def to_json(self) -> str:
-        """The plan as one line of JSON: what a checkpoint holds."""
+        """The plan as one line of JSON, as checkpoints store it."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> NormPlan:
-        """The plan that `to_json` wrote, under its name if it has one."""
+        """The inverse of `to_json`; the result has a name if a named plan equals it."""
         plan = cls(**json.loads(text))
         return next((named for named in PLANS.values() if named == plan), plan)
 
@@ -140,11 +139,11 @@ class NormPlan:
 NONE = NormPlan(name="NONE")
 """No norm: the plain cell of `torch.nn`."""
 
-# The LSTM and, where a plan fits both, the GRU. In each group the plan that others are compared with stands first.
+# Plans of the LSTM; some fit the GRU as well.
 
 HASTE = NormPlan("separate", cell="readout", name="HASTE")
 """haste's LayerNormLSTM, LayerNormGRU and LayerNormIndRNN, and the default of Festina's. The LSTM's equations are those of
-Ba et al. 2016, supplement (20)-(22), and of the lnlstm of OpenAI baselines and stable-baselines."""
+Ba et al. 2016, supplement (20)-(22), and of lnlstm in OpenAI baselines and stable-baselines."""
 
 BA2016 = NormPlan("separate", cell="readout", name="BA2016")
 """Ba et al. 2016, supplement (20)-(22), the LSTM: the same function as `HASTE`."""
@@ -154,7 +153,7 @@ BA2016_DRAW = NormPlan(cell="readout", name="BA2016_DRAW")
 
 LNLSTM = NormPlan("separate", cell="readout", inner_bias=True, name="LNLSTM")
 """The code that Ba et al. published (ryankiros/layer-norm, layers.py, lnlstm_layer): `HASTE` with a bias inside the input's
-norm too."""
+norm as well."""
 
 SOCKEYE = NormPlan("separate", cell="readout", eps=1e-6, inner_bias=True, inner_bias_hh=True, name="SOCKEYE")
 """Sockeye 1's LayerNormLSTMCell and LayerNormGRUCell: both biases inside the norms."""
@@ -187,20 +186,20 @@ CAFFE2 = NormPlan("joint", eps=1e-4, inner_bias=True, name="CAFFE2")
 """Caffe2's LayerNormLSTMCell: `SONNET` with the biases inside the norm."""
 
 ICEFALL = NormPlan("joint", groups="gate", cell="carried", inner_bias=True, name="ICEFALL")
-"""icefall's LayerNormLSTMCell, after Li et al. 2019 (arXiv 1909.12415): every gate on its own, biases inside the norm."""
+"""icefall's LayerNormLSTMCell, after Li et al. 2019 (arXiv 1909.12415): each gate normalised alone, biases inside the norm."""
 
 TF_CONTRIB = NormPlan("joint", groups="gate", cell="carried", eps=1e-12, name="TF_CONTRIB")
-"""tf.contrib.rnn.LayerNormBasicLSTMCell, and RETURNN's LayerNormVariantsLSTMCell with per_gate_norm: every gate on its own,
-eps 1e-12."""
+"""tf.contrib.rnn.LayerNormBasicLSTMCell, and RETURNN's LayerNormVariantsLSTMCell with per_gate_norm: each gate normalised
+alone, eps 1e-12."""
 
 SKETCH_RNN = NormPlan("joint", groups="gate", cell="readout", eps=1e-3, name="SKETCH_RNN")
-"""Magenta's sketch_rnn, LayerNormLSTMCell: every gate on its own, the carried c stays raw."""
+"""Magenta's sketch_rnn, LayerNormLSTMCell: each gate normalised alone, the carried c stays raw."""
 
 SOCKEYE_PER_GATE = NormPlan("joint", groups="gate", cell="readout", eps=1e-6, inner_bias=True, name="SOCKEYE_PER_GATE")
 """Sockeye 1's LayerNormPerGateLSTMCell."""
 
 LINGVO = NormPlan("joint", groups="gate", eps=1e-8, clip=10.0, name="LINGVO")
-"""Lingvo's LayerNormalizedLSTMCellSimple: every gate on its own, no norm on c, c clipped at ±10."""
+"""Lingvo's LayerNormalizedLSTMCellSimple: each gate normalised alone, no norm on c, c clipped at ±10."""
 
 LINGVO_LEAN = NormPlan("joint", groups="gate", cell="readout", eps=1e-8, name="LINGVO_LEAN")
 """Lingvo's LayerNormalizedLSTMCellLean: no clip, a norm on c in the output."""
@@ -208,7 +207,7 @@ LINGVO_LEAN = NormPlan("joint", groups="gate", cell="readout", eps=1e-8, name="L
 TFLITE = NormPlan("joint", groups="gate", eps=1e-8, name="TFLITE")
 """The LSTM of TensorFlow Lite and NNAPI with layer norm coefficients: `LINGVO` without a clip."""
 
-# The GRU.
+# Plans of the GRU alone.
 
 BA2016_GRU = NormPlan("separate", groups="gates|candidate", name="BA2016_GRU")
 """Ba et al. 2016, supplement, the GRU: r and z share statistics, the candidate has its own."""
@@ -218,10 +217,10 @@ LNGRU = NormPlan("separate", groups="gates|candidate", inner_bias=True, name="LN
 inside the input's norms."""
 
 NEMATUS_STATE = NormPlan("separate", groups="gates|candidate", inner_bias_hh=True, name="NEMATUS_STATE")
-"""Nematus where it adds the biases to the state's products (its Theano-compatible cells): inside h's norms."""
+"""Nematus' Theano-compatible cells, which add the biases to the recurrent products: inside h's norms."""
 
 DREAMER = NormPlan("joint", eps=1e-3, name="DREAMER")
-"""The GRU of DreamerV3 (2023): candidate tanh(σ(r)·n), update σ(z − 1). `reference.gru_joint_step` has it."""
+"""The GRU of DreamerV3 (2023): candidate tanh(σ(r)·n), update σ(z − 1); see `reference.gru_joint_step`."""
 
 SHEEPRL = NormPlan("joint", eps=1e-3, name="SHEEPRL")
 """sheeprl's LayerNormGRUCell without a bias: the same function as `DREAMER`."""
@@ -230,10 +229,10 @@ DREAMER_V2 = NormPlan("joint", eps=1e-3, inner_bias=True, name="DREAMER_V2")
 """The GRU of DreamerV2, and sheeprl's LayerNormGRUCell with a bias: `DREAMER` with the linear layer's bias inside the norm."""
 
 ICEFALL_GRU = NormPlan("joint", groups="gate", inner_bias=True, inner_bias_hh=True, reset="product", name="ICEFALL_GRU")
-"""icefall's LayerNormGRUCell: every gate on its own, n = tanh(N(x_n + r·h_n)), biases inside."""
+"""icefall's LayerNormGRUCell: each gate normalised alone, n = tanh(N(x_n + r·h_n)), biases inside."""
 
 LINGVO_GRU = NormPlan("joint", groups="gate", eps=1e-8, reset="state", name="LINGVO_GRU")
-"""Lingvo's GRUCell with apply_layer_norm: every gate on its own, the reset gate before the product."""
+"""Lingvo's GRUCell with apply_layer_norm: each gate normalised alone, the reset gate before the product."""
 
 RESET_BEFORE = NormPlan(reset="state", name="RESET_BEFORE")
 """No norm; the GRU of Cho et al. 2014 (arXiv 1406.1078v3) and of Keras with reset_after=False."""
@@ -241,4 +240,4 @@ RESET_BEFORE = NormPlan(reset="state", name="RESET_BEFORE")
 PLANS: dict[str, NormPlan] = {
     name: plan for name, plan in list(globals().items()) if isinstance(plan, NormPlan) and plan.name == name
 }
-"""Every named plan. Where two names mean the same function, the first one is the one that is read back."""
+"""Every named plan. If two names mean the same function, a checkpoint is read back under the first."""

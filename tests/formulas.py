@@ -1,7 +1,8 @@
-"""What other projects' cells compute, written down from their own sources, one step at a time.
+"""The cells of other projects, one step at a time, written from their sources.
 
-Each entry says which file of which project it follows. `step(p, x, h, c)` takes that project's tensors by that project's names
-and gives the new h and, for an LSTM, the new c. Nothing of festina is used here: these are the judges of `festina.convert`.
+Each entry names the project and file that it follows. `step(p, x, h, c)` takes the project's tensors by the project's names
+and returns the new h and, for an LSTM, the new c. Nothing of festina is used here, so that `festina.convert` can be tested
+against it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, sigmoid, tanh
 
-I, H, P = 3, 5, 4  # three sizes that cannot be taken for one another
+I, H, P = 3, 5, 4  # three different sizes, so that none can be mistaken for another
 Parameters = dict[str, Tensor]
 Step = Callable[[Parameters, Tensor, Tensor, Any], tuple[Tensor, Any]]
 
@@ -25,11 +26,11 @@ class Formula:
     Args:
         format: its name in `festina.convert`.
         source: project and file.
-        shapes: its tensors.
-        step: what it computes.
-        options: what `convert.load` is told.
+        shapes: the shapes of its tensors.
+        step: its step.
+        options: the options of `convert.load`.
         has_c: it is an LSTM.
-        width: what h is wide.
+        width: width of h.
     """
 
     format: str
@@ -216,7 +217,7 @@ def sonnet(p: Parameters, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tens
 def lingvo_simple(p: Parameters, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     a = ln((torch.cat([x, h], -1) @ p["wm"]).unflatten(-1, (4, H)), 1.0, 0.0, 1e-8).flatten(-2)
     i_i, i_g, f_g, o_g = (a * p["ln_scale"] + p["b"]).chunk(4, -1)
-    c = lstm_c(i_g, f_g + 0.5, i_i, c).clamp(-0.4, 0.4)  # tighter than Lingvo's 10, so that it acts
+    c = lstm_c(i_g, f_g + 0.5, i_i, c).clamp(-0.4, 0.4)  # tighter than Lingvo's 10, so that it has an effect
     return (sigmoid(o_g) * tanh(c)) @ p["w_proj"], c
 
 
@@ -239,7 +240,7 @@ def lngru(norm: str) -> Step:
 
 
 def _norm(weight: str, shift: str, *names: str, size: int = H) -> dict[str, tuple[int, ...]]:
-    """A gain and a shift of one size for each name."""
+    """The shapes of a gain and a shift for each name."""
     return {f"{name}{part}": (size,) for name in names for part in (weight, shift)}
 
 

@@ -1,6 +1,6 @@
-"""The recurrence once more, from the equations in the documentation, one number at a time: no tensors, no shared code.
+"""The recurrence from the equations in the documentation, one number at a time: no tensors, no shared code.
 
-Slow and plain on purpose. It says what `festina.reference` must compute; where the two differ one of them is wrong.
+Slow and plain on purpose. `festina.reference` must compute the same; if the two differ, one of them is wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def norm(values, plan, gain, shift):
 
 
 def norm_gates(values, plan, gates, gain, shift):
-    """`norm` over what shares statistics: all gates, each gate, or all but the last and the last."""
+    """`norm` over each group that shares statistics: all gates, each gate, or all but the last and the last."""
     H = len(values) // gates
     cuts = {"all": [0, gates], "gate": range(gates + 1), "gates|candidate": [0, gates - 1, gates]}[plan.groups]
     normed = []
@@ -37,9 +37,9 @@ def norm_gates(values, plan, gates, gain, shift):
 
 
 def pre_activations(cell, plan, p, x, h, r=None):
-    """What x and what h bring, G·H numbers each; under a joint norm their one normalised sum, and nothing.
+    """The pre-activations from x and from h, G·H numbers each; under a joint norm their normalised sum, and zeros.
 
-    Where the reset gate `r` is known it acts here, on what the candidate's rows get from h, or on h before them.
+    Given `r`, the reset gate acts here: on the candidate's rows of the recurrent product, or on h before the product.
     """
     gates = {"lstm": 4, "gru": 3, "indrnn": 1, "indrnn_relu": 1}[cell]
     size = len(p["weight_ih"])
@@ -115,7 +115,7 @@ def step(cell, plan, p, x, h, c):
     from_x, from_h = pre_activations(cell, plan, p, x, h)
     if plan.reset != "normed":
         r = [sigmoid(a + b) for a, b in zip(from_x[: len(h)], from_h[: len(h)], strict=True)]
-        from_x, from_h = pre_activations(cell, plan, p, x, h, r)
+        from_x, from_h = pre_activations(cell, plan, p, x, h, r=r)
     if cell == "lstm":
         h, c = lstm(plan, p, from_x, from_h, c)
     elif cell == "gru":
@@ -129,14 +129,14 @@ def step(cell, plan, p, x, h, c):
 
 
 def keep(old, new, mask, rate):
-    """Zoneout: the old value where the mask says so, or the mean of both."""
+    """Zoneout: the old value where the mask is true; without a mask the expectation."""
     if mask is None:
         return [rate * o + (1 - rate) * n for o, n in zip(old, new, strict=True)]
     return [o if m else n for o, n, m in zip(old, new, mask, strict=True)]
 
 
 def run(call):
-    """A `festina.reference.Call`, row by row: output [N][D·P], h_n [D][B][P], c_n [D][B][H], as nested lists."""
+    """Run a `festina.call.Call` row by row: output [N][D·P], h_n [D][B][P], c_n [D][B][H], as nested lists."""
     plan, cell = call.layer.plan, call.layer.cell.name
     rows = call.h_0.shape[1]
     sizes = call.batch_sizes.tolist() if call.batch_sizes is not None else [rows] * (len(call.input) // rows)
@@ -154,7 +154,7 @@ def run(call):
             for at in places if d == 0 else reversed(places):
                 if call.resets is not None and call.resets[d, at]:
                     h, c = [0.0] * len(h), None if c is None else [0.0] * len(c)
-                new_h, new_c = step(cell, plan, p, call.input[at].tolist(), h, c)
+                new_h, new_c = step(cell, plan, p, call.input[at].tolist(), h=h, c=c)
                 mask, cell_mask = (
                     None if m is None else m[d, at].tolist() for m in (call.zoneout_mask, call.zoneout_cell_mask)
                 )

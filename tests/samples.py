@@ -1,4 +1,4 @@
-"""What the behavioural tests share: the layers they go through, and how two results are held against each other."""
+"""Shared by the behavioural tests: the layers under test, and the comparison of results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import festina
 from festina import NormPlan, norms
 
 RMS = NormPlan("separate", groups="gate", cell="carried", kind="rms")
-"""A plan without a name: every gate on its own, no mean taken off."""
+"""A plan without a name: each gate normalised alone, the mean not subtracted."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}),
@@ -27,11 +27,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "indrnn-relu": ("IndRNN", {"nonlinearity": "relu"}),
     "indrnn-haste": ("LayerNormIndRNN", {}),
 }
-"""Every cell and placement, as a class and the options that make it."""
+"""Every cell and placement, as a class and its options."""
 
 
 def make(variant: str, *args: Any, cell: bool = False, **options: Any) -> Any:
-    """The layer (or cell) of a variant, with gains and shifts away from 1 and 0 so that they count."""
+    """The layer (or cell) of a variant, with gains and shifts moved from 1 and 0 so that they have an effect."""
     name, own = VARIANTS[variant]
     layer = getattr(festina, name + "Cell" * cell)(*args, **own, **options)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def listed(state: Any) -> list[Tensor]:
 
 
 def random_state(layer: Any, rows: int, B: int | None) -> Any:
-    """An initial state for `layer`: `rows` is L·D for a layer, 0 for a cell; B None for one row without a batch."""
+    """An initial state for `layer`: `rows` is L·D for a layer, 0 for a cell; B None for unbatched input."""
     lead = [n for n in (rows or None, B) if n is not None]
     like = next(layer.parameters())
     state = [
@@ -62,5 +62,5 @@ def random_state(layer: Any, rows: int, B: int | None) -> Any:
 
 
 def assert_same(got: Any, want: Any, rtol: float = 1e-10, atol: float = 1e-11) -> None:
-    """Two nested results hold the same numbers; the tolerance is for float64."""
+    """Assert that two nested results are equal; the default tolerance is for float64."""
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol)

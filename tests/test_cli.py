@@ -1,4 +1,4 @@
-"""The `festina` command: what it prints and writes, how it ends, and that demo and bench compare like with like."""
+"""The `festina` command: output, files and exit codes; demo and bench compare like with like."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODELS = ("torch.nn.LSTM", "festina.LSTM", "festina.LayerNormLSTM")
 
 @pytest.fixture(scope="module")
 def novel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text file, with a letter that is not ASCII and one that is too rare for the vocabulary."""
+    """A text file with a non-ASCII letter and a character too rare for the vocabulary."""
     path = tmp_path_factory.mktemp("text") / "novel.txt"
     path.write_text("The snail and the hare: festina lente, ça va. ☃\n" * 9 + "make haste, steadily. " * 400, "utf-8")
     return path
@@ -35,7 +35,7 @@ def novel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Work as small as this is done fastest by one thread; --threads changes it for the whole process."""
+    """One thread is fastest for such small work; restored afterwards, because --threads changes it for the whole process."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def one_thread():
 
 
 def start(*args: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    """`festina ARGS` in a process of its own."""
+    """`festina ARGS` in a separate process."""
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "festina", *args],
         cwd=ROOT,
@@ -54,7 +54,7 @@ def start(*args: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     )
 
 
-def test_info_says_what_is_here(capsys):
+def test_info_prints_versions_and_backends(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert festina.__version__ in out
@@ -73,7 +73,7 @@ def test_info_json_gives_every_backend_a_state(capsys):
     assert states["eager"] is None, "the reference runs everywhere"
     isas = {state["backend"]: state["isa"] for state in facts["backends"]}
     assert isas["eager"] is None
-    assert (isas["cpu"] is None) == (states["cpu"] is not None), "a core that runs says how"
+    assert (isas["cpu"] is None) == (states["cpu"] is not None), "a core that can run has an instruction set"
 
 
 def test_version(capsys):
@@ -110,7 +110,7 @@ def test_demo_writes_figures_picture_and_sample(novel, tmp_path, capsys):
         assert name in printed
 
 
-def test_demo_shows_that_the_plain_layer_is_torch_s(novel):
+def test_demo_plain_layer_equals_torch_nn(novel):
     race = make_race(novel, steps=4)
     for _ in range(4):
         race.round()
@@ -167,7 +167,7 @@ def test_checkpoint_of_another_run_is_refused(novel, tmp_path):
         race.load(tmp_path / "noise.pt")
 
 
-def test_ctrl_c_saves_what_there_is(novel, tmp_path):
+def test_ctrl_c_saves_the_steps_done(novel, tmp_path):
     args = ["--text", str(novel), "--checkpoint", str(tmp_path / "run.pt"), "--out", str(tmp_path), *TINY]
     with start("demo", *args, "--steps", "2000", "--models", "torch.nn.LSTM") as process:
         for line in process.stdout:
@@ -203,7 +203,7 @@ def test_two_processes_give_the_result_of_one(novel, tmp_path):
         got, want = (model["validation"]["bits_per_character"] for model in (got, want))
         assert got == pytest.approx(want, abs=1e-4)
 
-    # One process can go on with what two have begun: the checkpoint holds the state of all rows.
+    # One process can resume a run of two: the checkpoint holds the state of all rows.
     race = make_race(novel, steps=4, lr=1e-2)
     race.load(tmp_path / "two.pt")
     assert all(part.shape[1] == 4 for racer in race.racers for part in racer.state)
@@ -255,12 +255,12 @@ def test_package_and_info_need_no_extra():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, timeout=60)
 
 
-def test_standard_library_is_a_corpus():
+def test_standard_library_corpus():
     corpus = text.standard_library()
     assert len(corpus.train) > 1_000_000
     assert 0.03 < len(corpus.validation) / len(corpus.train) < 0.15
     assert corpus.sha256 == text.standard_library().sha256
-    assert (corpus.train == 0).float().mean() < 0.01, "hardly a character is unknown"
+    assert (corpus.train == 0).float().mean() < 0.01, "hardly any character is unknown"
 
 
 def test_windows_follow_one_another():
@@ -279,7 +279,7 @@ def bench(tmp_path: Path, *args: str) -> tuple[int, list[dict]]:
     return status, [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
-def test_bench_measures_every_pass_beside_its_peers(tmp_path):
+def test_bench_measures_every_pass_against_its_peers(tmp_path):
     others = {"forward": {"loop"}, "forward+backward": {"loop"}, "ragged": {"full"}, "resets": {"plain"}, "step": set()}
     status, rows = bench(tmp_path, "--cells", "lstm", "gru", "--passes", *others, "--loop")
     assert status == 0
@@ -300,7 +300,7 @@ def test_bench_prints_no_number_for_a_wrong_result(tmp_path, monkeypatch, capsys
 
 
 def test_lengths_of_the_ragged_batch():
-    point = benchmark.Point("lstm", "HASTE", 200, 64, 1, 1, "float32")
+    point = benchmark.Point(cell="lstm", plan="HASTE", T=200, B=64, I=1, H=1, dtype="float32")
     lengths = point.lengths()
     assert (min(lengths), max(lengths), len(lengths)) == (25, 200, 64)
     assert point.gflop("ragged") / point.gflop("forward+backward") == pytest.approx(sum(lengths) / (200 * 64))

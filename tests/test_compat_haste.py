@@ -1,7 +1,7 @@
-"""haste_pytorch's own use and its own validation, with only the import changed.
+"""haste_pytorch's example and validation, with only the import changed.
 
-haste's validation (validation/pytorch.py) held its CUDA path against its TorchScript path, and LSTM and GRU against torch.nn.
-Here each backend is held against the reference, at small sizes and, once a type, at haste's: T=250, B=32, I=128, H=256.
+haste's validation (validation/pytorch.py) compares its CUDA path with its TorchScript path, and LSTM and GRU with torch.nn.
+Here each backend is compared with the reference, at small sizes and, once per type, at haste's: T=250, B=32, I=128, H=256.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def seeded() -> None:
 
 
 def trained(rnn: Any) -> Any:
-    """The layer with its biases and gains away from where they start."""
+    """The layer with biases and gains moved away from their initial values."""
     with torch.no_grad():
         for key, parameter in rnn.named_parameters():
             if "kernel" not in key:
@@ -43,7 +43,7 @@ def trained(rnn: Any) -> Any:
 
 
 def run(rnn: Any, x: Tensor, *args: Any) -> list[Tensor]:
-    """Output, states, and the gradients of x and all parameters, of the sum of the output as in haste's validation."""
+    """Output, states, and the gradients of the output's sum (as in haste's validation) for x and all parameters."""
     x = x.clone().requires_grad_()
     y, state = rnn(x, *args)
     gradients = torch.autograd.grad(y.sum(), [x, *rnn.parameters()], materialize_grads=True)
@@ -51,7 +51,7 @@ def run(rnn: Any, x: Tensor, *args: Any) -> list[Tensor]:
 
 
 def assert_near(got: list[Tensor], want: list[Tensor], ratio: float = 1e-5) -> None:
-    """In the root mean square: over 250 steps float32 drifts by 1e-4 in single values, a wrong cell by 1e-1 in all of them."""
+    """Compare root mean squares: over 250 steps float32 drifts by 1e-4 in single values, a wrong cell by 1e-1 in all."""
     for a, b in zip(got, want, strict=True):
         assert (a - b).detach().square().mean().sqrt() <= ratio * b.detach().square().mean().sqrt() + 1e-7
 
@@ -65,7 +65,7 @@ def test_readme_example() -> None:
 
 
 def script(name: str, p: dict[str, Tensor], x: Tensor, zoneout: float, mask: Tensor | None) -> Tensor:
-    """haste's layers from their documentation, step by step: what its TorchScript path computes."""
+    """haste's layers from their documentation, step by step, as its TorchScript path computes them."""
     h = c = torch.zeros(
         x.shape[1], p["bias"].shape[0] // {"LSTM": 4, "GRU": 3, "IndRNN": 1}[name.removeprefix("LayerNorm")]
     )
@@ -99,7 +99,7 @@ def script(name: str, p: dict[str, Tensor], x: Tensor, zoneout: float, mask: Ten
 @pytest.mark.parametrize("zoneout", [0.0, 0.5])
 @every_type
 def test_consistency_with_the_script(name: str, zoneout: float, training: bool) -> None:
-    """The same seed gives haste's mask, so a run in training can be compared too."""
+    """The same seed gives haste's mask, so training can be compared as well."""
     T, B, I, H = SMALL
     rnn = trained(TYPES[name](I, H, zoneout=zoneout)).train(training)
     x = torch.rand(T, B, I)
@@ -143,7 +143,7 @@ def test_native_consistency(name: str) -> None:
 
 @every_type
 def test_hastes_sizes(name: str) -> None:
-    """Once a type. The reference takes seconds for a backward pass of this size, so gradients are left to faster backends."""
+    """Once per type. Gradients only on faster backends: the reference takes seconds for a backward pass of this size."""
     T, B, I, H = LARGE
     rnn, x = TYPES[name](I, H), torch.rand(T, B, I)
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_initial_values_come_in_hastes_order() -> None:
 
 @every_type
 def test_lengths_leave_the_output_unmasked(name: str) -> None:
-    """The output is that of a run without lengths; the state is each row's own."""
+    """The output is that of a run without lengths; each row's state is that at its length."""
     T, B, I, H = SMALL
     rnn, x, lengths = trained(TYPES[name](I, H)), torch.rand(T, B, I), torch.tensor([7, 0, 4])
     y, state = rnn(x, None, lengths)
@@ -205,8 +205,8 @@ def test_lengths_leave_the_output_unmasked(name: str) -> None:
             assert all((s[:, row] == 0).all() for s in listed(state))
 
 
-def test_lengths_and_zoneout_meet() -> None:
-    """One mask for the whole call: with lengths the output is what it is without."""
+def test_lengths_and_zoneout_together() -> None:
+    """One mask for the whole call: the output with lengths equals that without."""
     T, B, I, H = SMALL
     rnn, x = trained(haste.LayerNormLSTM(I, H, zoneout=0.5)), torch.rand(T, B, I)
     found = []

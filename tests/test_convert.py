@@ -1,6 +1,7 @@
-"""Checkpoints of other projects become layers that compute what those projects compute, and go back unchanged.
+"""Layers loaded from other projects' checkpoints compute what those projects compute, and dump back unchanged.
 
-The judges are `golden/`, numbers that the projects' own code gave, and `formulas.py`, their equations where there are none.
+The expected values come from `golden/`, numbers computed by the projects' own code, and, without such numbers, from the
+equations in `formulas.py`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def meta(name: str) -> dict[str, Any]:
 
 
 def paired(state: list[Tensor]) -> Any:
-    """A state as a layer takes it."""
+    """A state in the form that a layer takes."""
     return tuple(state) if len(state) > 1 else state[0]
 
 
@@ -97,18 +98,18 @@ def wanted_gradients(name: str) -> dict[str, Tensor]:
 
 
 def worst(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """The largest difference, in units of each tensor's largest value where that is above 1."""
+    """The largest difference, relative to each tensor's largest value if that is above 1."""
     assert got.keys() == want.keys()
     return max(float((got[k].detach() - want[k]).abs().max() / want[k].abs().max().clamp(min=1)) for k in want)
 
 
-def test_every_golden_case_is_here() -> None:
+def test_every_golden_case_is_listed() -> None:
     assert GOLDEN.keys() == {path.stem for path in FOLDER.glob("*.npz")}
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_case_by_name(name: str) -> None:
-    """Right: 3e-14. The mildest wrong plan, another eps, is at 1e-6."""
+    """Right: 3e-14. The mildest wrong plan, another eps: 1e-6."""
     outputs, gradients = run_golden(name, torch.float64)
     assert worst(outputs, golden(name, "output")) < 1e-12
     assert worst(gradients, wanted_gradients(name)) < 1e-12
@@ -129,7 +130,7 @@ def test_golden_case_on_every_backend(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in GOLDEN if "train" not in name])
 def test_loaded_layer_runs_the_golden_case(name: str) -> None:
-    """The module itself, from NumPy arrays and with haste's zoneout rate, is a layer over time."""
+    """The module itself, loaded from NumPy arrays and with haste's zoneout rate, as a layer over time."""
     with np.load(FOLDER / f"{name}.npz") as file:
         arrays = {key.removeprefix("param/"): file[key] for key in file.files if key.startswith("param/")}
     layer = convert.load(GOLDEN[name], arrays, zoneout=meta(name).get("zoneout", 0.0)).eval()
@@ -148,7 +149,7 @@ def random_tensors(formula: Formula, seed: int = 0) -> dict[str, Tensor]:
 
 
 def judge(formula: Formula, p: dict[str, Tensor], x: Tensor, state: list[Tensor]) -> list[Tensor]:
-    """Output and last states, by the project's equations."""
+    """Output and final states by the project's equations."""
     h, c = (*state, None)[:2]
     assert h is not None
     outputs = []
@@ -160,7 +161,7 @@ def judge(formula: Formula, p: dict[str, Tensor], x: Tensor, state: list[Tensor]
 
 @pytest.mark.parametrize("formula", FORMULAS, ids=str)
 def test_formula(formula: Formula) -> None:
-    """Outputs and all gradients are those of the project's equations. Right: 4e-15; a wrong eps: 1e-6."""
+    """Outputs and all gradients agree with the project's equations. Right: 4e-15; a wrong eps: 1e-6."""
     params = random_tensors(formula)
     generator = torch.Generator().manual_seed(1)
     widths = [formula.width, *([H] if formula.has_c else [])]
@@ -197,7 +198,7 @@ def test_loaded_layer_computes_the_formula(formula: Formula) -> None:
 
 
 def test_every_format_has_a_judge() -> None:
-    """festina's own and torch's formats have one below, fastrnns and haste in golden/."""
+    """festina's and torch's formats are judged by tests below, fastrnns and haste by golden/."""
     judged = {*GOLDEN.values(), *(formula.format for formula in FORMULAS)}
     assert {name for name in convert.names() if name not in judged} == {
         "festina.LSTM",
@@ -210,7 +211,7 @@ def test_every_format_has_a_judge() -> None:
 
 @pytest.mark.parametrize("formula", FORMULAS, ids=str)
 def test_round_trip(formula: Formula) -> None:
-    """Dumped and loaded again it is the same layer; what a project stores in several tensors comes back as their sum."""
+    """Dump and load give the same layer; values that a project stores in several tensors come back as their sum."""
     params = random_tensors(formula)
     layer = convert.load(formula.format, params, **formula.options)
     dumped = convert.dump(formula.format, layer, **formula.options)
@@ -225,7 +226,7 @@ def test_haste_round_trip_is_exact(name: str) -> None:
     stem = next(stem for stem, format in GOLDEN.items() if format == name)
     params = golden(stem, "param")
     dumped = convert.dump(name, convert.load(name, params))
-    if name == "haste.LayerNormIndRNN":  # haste never reads the second row
+    if name == "haste.LayerNormIndRNN":  # haste never reads the second row of gamma
         params["gamma"][1] = 1.0
     assert_same(dumped, params, rtol=0, atol=0)
 
@@ -263,7 +264,7 @@ def test_torch_cell_becomes_a_layer() -> None:
         (festina.GRU(I, H, norm=norms.RESET_BEFORE), "RESET_BEFORE"),
     ],
 )
-def test_to_torch_refuses_what_torch_has_not(layer: Any, reason: str) -> None:
+def test_to_torch_refuses_what_torch_lacks(layer: Any, reason: str) -> None:
     with pytest.raises(convert.ConvertError, match=reason):
         convert.to_torch(layer)
 
@@ -273,8 +274,8 @@ FITTING = [(cls, plan) for cls, cell in CELLS.items() for plan in norms.PLANS.va
 
 
 @pytest.mark.parametrize(("cls", "plan"), FITTING, ids=str)
-def test_own_state_dict_says_its_plan(cls: str, plan: festina.NormPlan) -> None:
-    """Every plan: a state dict becomes the same layer without being told which."""
+def test_own_state_dict_holds_its_plan(cls: str, plan: festina.NormPlan) -> None:
+    """Every plan: the state dict alone gives the same layer."""
     layer = getattr(festina, cls)(I, H, num_layers=2, bidirectional=True, norm=plan)
     loaded = convert.load(f"festina.{cls}", layer.state_dict())
     assert loaded.spec == layer.spec
@@ -298,7 +299,7 @@ def test_own_state_dict_with_a_broken_plan_is_refused(saved: Any) -> None:
 
 
 def test_a_layer_of_a_format_without_bias_or_norms_on_c() -> None:
-    """What a checkpoint leaves out, the layer leaves out: no bias, no projection, no inner bias."""
+    """A layer lacks what its checkpoint lacks: bias, projection, inner bias."""
     cell = nn.GRUCell(I, H, bias=False)
     assert not convert.load("torch.GRU", cell.state_dict()).bias
     formula = next(formula for formula in FORMULAS if formula.format == "sheeprl.LayerNormGRUCell")
@@ -323,7 +324,7 @@ STACKS = {
 
 @pytest.mark.parametrize("name", STACKS)
 def test_stacks_and_directions(name: str) -> None:
-    """What a stack computes is what its cells compute, one on top of the other and from both ends."""
+    """Stacked and bidirectional layers survive a round trip through their scope."""
     scope = STACKS[name]
     L, D = 2 if "{l}" in scope else 1, 2 if "{d}" in scope or "{side}" in scope or "{fw}" in scope else 1
     judged = name.replace("fastrnns", "distar")  # the same cell; fastrnns itself is in golden/
@@ -337,7 +338,7 @@ def test_stacks_and_directions(name: str) -> None:
     assert_same(loaded(x), layer(x), rtol=0, atol=1e-14)
 
 
-def test_ding_keeps_its_layers_in_one_bias() -> None:
+def test_ding_stores_the_bias_of_all_layers_in_one_tensor() -> None:
     layer = festina.LSTM(I, H, num_layers=3, norm=norms.DING)
     state = convert.dump("ding.LSTM", layer)
     assert state["bias"].shape == (3, 4 * H)
@@ -365,7 +366,7 @@ def test_a_misfit_lists_everything() -> None:
 
 
 @pytest.mark.parametrize("tensors", [{}, {"kernel": np.zeros((2, 2))}])
-def test_next_to_nothing_is_a_misfit_too(tensors: dict[str, Any]) -> None:
+def test_an_almost_empty_state_dict_is_a_misfit(tensors: dict[str, Any]) -> None:
     with pytest.raises(convert.ConvertError, match=r"missing: .*recurrent_kernel"):
         convert.load("haste.LSTM", tensors)
 
@@ -382,17 +383,17 @@ def test_shapes_without_a_solution_are_listed() -> None:
         (
             lambda: convert.load("haste.Lstm", {}),
             ValueError,
-            "there is no format 'haste.Lstm'; there are festina.LSTM, ",
+            "format must be one of festina.LSTM, .*, got 'haste.Lstm'",
         ),
         (
             lambda: convert.load("keras.GRU", {}, order="hx"),
             TypeError,
-            "keras.GRU has no option order; it has reset_after",
+            "options of keras.GRU must be among reset_after, got order",
         ),
         (
             lambda: convert.load("haste.GRU", {"bias": "zeros"}),
             TypeError,
-            "bias must be a tensor or an array, got a str",
+            "bias must be a tensor or an array, got str",
         ),
         (lambda: convert.load("sheeprl.LayerNormGRUCell", {}, order="x"), ValueError, "order must be 'xh' or 'hx'"),
         (
@@ -404,7 +405,7 @@ def test_shapes_without_a_solution_are_listed() -> None:
         (
             lambda: convert.dump("haste.GRU", festina.GRU(I, H, num_layers=2)),
             convert.ConvertError,
-            "holds no 2 layers in 1 directions",
+            "has no names for 2 layers in 1 directions",
         ),
     ],
 )
@@ -414,9 +415,9 @@ def test_errors(call: Any, error: type[Exception], text: str) -> None:
 
 
 def test_dump_refuses_what_it_has_no_place_for() -> None:
-    layer = festina.LSTM(I, H, norm=norms.HASTE)  # its bias_hh is not 0 once trained
+    layer = festina.LSTM(I, H, norm=norms.HASTE)  # training makes its bias_hh differ from 0
     nn.init.ones_(layer.bias_hh_l0)
-    assert convert.dump("haste.LayerNormLSTM", layer)["bias"].min() >= 1  # folded: it adds the same
+    assert convert.dump("haste.LayerNormLSTM", layer)["bias"].min() >= 1  # folded: the sum is the same
     plain = festina.LSTM(I, H)
     with pytest.raises(convert.ConvertError, match="no place for: bias_hh"):
         convert.dump("sonnet.LSTM", plain, layer_norm=False)
@@ -439,7 +440,7 @@ def test_loading_draws_no_random_numbers_and_copies() -> None:
 
 
 def test_plans_cannot_be_swapped_unnoticed() -> None:
-    """The same weights under HASTE and under FASTRNNS, two "LayerNorm LSTMs", are different functions: by 0.6 here."""
+    """With the same weights, HASTE and FASTRNNS, both "LayerNorm LSTM", are different functions: by 0.6 here."""
     torch.manual_seed(0)
     haste = festina.LayerNormLSTM(8, 16)
     fastrnns = festina.LayerNormLSTM(8, 16, norm=norms.FASTRNNS)

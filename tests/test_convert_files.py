@@ -1,4 +1,4 @@
-"""Files of tensors, and the command that turns one into another."""
+"""Files of tensors, and the command that converts them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_nested_checkpoints_become_dotted_names(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Leaves a file behind if it is ever unpickled."""
+    """Creates a file if it is ever unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -124,7 +124,7 @@ def test_damaged_files_are_named(tmp_path: Path, suffix: str) -> None:
 
 
 def test_bfloat16_and_npz(tmp_path: Path) -> None:
-    with pytest.raises(files.FileError, match="no bfloat16, which w have"):
+    with pytest.raises(files.FileError, match="no bfloat16, the dtype of w"):
         files.write(tmp_path / "a.npz", {"w": torch.ones(2, dtype=torch.bfloat16)})
 
 
@@ -140,10 +140,13 @@ def test_missing_safetensors_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (["haste.GRU", "none.pt", "out.pt"], "No such file"),
         (["haste.GRU", "in.onnx", "out.pt"], "in.onnx must end in .safetensors"),
-        (["haste.Gru", "in.pt", "out.pt"], "there is no format 'haste.Gru'"),
+        (["haste.Gru", "in.pt", "out.pt"], "got 'haste.Gru'"),
         (["haste.GRU", "in.pt", "out.pt"], "missing: kernel"),
         (["keras.GRU", "in.pt", "out.pt", "--option", "eps"], "an option must be NAME=VALUE, got 'eps'"),
-        (["keras.GRU", "in.pt", "out.pt", "--option", "eps=1"], "keras.GRU has no option eps"),
+        (
+            ["keras.GRU", "in.pt", "out.pt", "--option", "eps=1"],
+            "options of keras.GRU must be among reset_after, got eps",
+        ),
     ],
 )
 def test_command_says_what_is_wrong(tmp_path: Path, monkeypatch: Any, capsys: Any, args: list[str], text: str) -> None:

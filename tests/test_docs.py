@@ -1,4 +1,4 @@
-"""What docs/compatibility.md promises is held by tests that exist."""
+"""The tests named in docs/compatibility.md exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples run, and what they say about themselves is so."""
+"""The examples run and do what they claim."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def example(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for it
+    sys.modules[name] = module  # dataclasses look it up here
     spec.loader.exec_module(module)
     return module
 
@@ -30,7 +30,7 @@ def test_streaming_hands_the_state_from_layer_to_cells_and_back() -> None:
     assert sum(report.losses[-3:]) / 3 < report.losses[0] - 0.02
 
 
-def test_a_stream_begins_anew_where_it_is_told_to() -> None:
+def test_a_stream_forgets_the_rows_that_begin() -> None:
     streaming = example("streaming")
     torch.manual_seed(0)
     detector = streaming.Detector(9).eval()
@@ -46,7 +46,7 @@ def test_a_stream_begins_anew_where_it_is_told_to() -> None:
 def test_the_policy_learns_to_remember() -> None:
     policy = example("recurrent_policy")
     right = policy.main(["--updates", "60", "--rows", "48", "--steps", "8", "--longest", "3", "--hidden", "16"])
-    assert sum(right[:5]) / 5 < 0.65  # a coin knows half of the turns
+    assert sum(right[:5]) / 5 < 0.65  # chance level is 0.5
     assert sum(right[-5:]) / 5 > 0.85
 
 
@@ -60,7 +60,7 @@ def test_what_the_actor_did_is_what_the_policy_learns_from() -> None:
     assert rollout.begins[1:].any()
     assert torch.equal(rollout.begins[1:], rollout.over[:-1])
     _, h_n = model.rnn(model.inputs(rollout.observations).tanh(), rollout.h_0, resets=rollout.begins)
-    torch.testing.assert_close(h_n[0], actor.h)  # the cell's numbers are the layer's, episodes and all
+    torch.testing.assert_close(h_n[0], actor.h)  # cell and layer agree across episodes
     assert doctest.testmod(policy).failed == 0
 
 

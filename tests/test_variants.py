@@ -1,4 +1,4 @@
-"""docs/variants.md says what the code does: its tables are those that docs/variants.py makes now."""
+"""docs/variants.md matches the code: its tables are those that docs/variants.py makes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def variants() -> ModuleType:
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    sys.modules["variants"] = module  # dataclasses look their module up
+    sys.modules["variants"] = module  # dataclasses look up their module
     found.loader.exec_module(module)
     return module
 
@@ -35,16 +35,16 @@ def test_every_plan_and_every_layer_norm_format_is_listed(variants: ModuleType) 
     assert normed <= {name for v in variants.VARIANTS for name in v.formats}
 
 
-def test_a_format_has_the_plan_that_is_listed(variants: ModuleType) -> None:
+def test_a_format_has_the_listed_plan(variants: ModuleType) -> None:
     options = {"keras.GRU": {"reset_after": False}}
     for v in variants.VARIANTS:
         for name in v.formats:
             table = convert.table(name, **options.get(name, {}))
             assert table.cell is v.cell
-            # sheeprl's format has a bias inside only where the checkpoint has one
+            # sheeprl's format has an inner bias only if the checkpoint has one
             assert table.plan == (norms.DREAMER_V2 if name == "sheeprl.LayerNormGRUCell" else v.plan)
 
 
-def test_plans_differ_from_hastes_or_are_it(variants: ModuleType) -> None:
+def test_only_ba2016_equals_haste(variants: ModuleType) -> None:
     same = {v.plan.name for v in variants.VARIANTS if variants.distance(v.cell, v.plan) == "0"}
     assert same == {"HASTE", "BA2016"}

@@ -11,11 +11,11 @@ from typing import Protocol, cast
 from festina import __version__
 
 COMMANDS = ("info", "demo", "bench", "convert")
-"""The subcommands, as modules of this package. A new one is a word here and a module that is a `Command`."""
+"""The subcommands. Each is a module of this package that satisfies `Command`."""
 
 
 class Command(Protocol):
-    """What a module in `COMMANDS` offers. Its docstring is the help text; the first line stands in the overview."""
+    """The interface of a module in `COMMANDS`. Its docstring is the help text, the first line the summary in the overview."""
 
     __doc__: str | None
 
@@ -23,15 +23,15 @@ class Command(Protocol):
         """Declare the options."""
 
     def run(self, args: argparse.Namespace) -> int:
-        """Do it; the result is the exit code. A `UsageError` becomes a message and exit code 2."""
+        """Run the command and return the exit code. A `UsageError` becomes a message and exit code 2."""
 
 
 class UsageError(Exception):
-    """The user asked for something that cannot be done. The text says what was wanted, what came and what to do."""
+    """A request that cannot be carried out. The text says what was wanted, what came and what to do."""
 
 
 def missing(package: str, extra: str) -> UsageError:
-    """What to say when an optional package is not installed.
+    """The error for an optional package that is not installed.
 
     >>> print(missing("rich", "demo"))
     this command needs the package rich, which is not installed; install it with: pip install 'festina[demo]'
@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: the program's own) and return the exit code."""
+    """Run the command line `argv` (default: `sys.argv`) and return the exit code."""
     args = build_parser().parse_args(argv)
     try:
         return cast(int, args.run(args))

@@ -1,17 +1,18 @@
 """Measure layers against torch.nn and against a Python loop.
 
-Every case is compared with the float64 reference first, outputs and all gradients; a case that fails prints no number.
-Then the contestants take turns in one process. A ratio is festina's time over the other's, the median of paired rounds:
-below 1, festina is faster. One JSON line a case goes to --out. The passes:
+First, outputs and all gradients of every case are compared with the float64 reference; a case that fails is not timed.
+Then the contestants take turns in one process. A ratio is festina's time divided by the other's, the median of paired
+rounds: below 1, festina is faster. --out gets one JSON line per case and pass. The passes:
 
-  forward, forward+backward   the layer over T steps, beside torch.nn's
-  ragged                      forward+backward over rows of T/8 to T steps, beside torch.nn with a PackedSequence and beside
+  forward, forward+backward   the layer over T steps, against torch.nn's
+  ragged                      forward+backward over rows of T/8 to T steps, against torch.nn with a PackedSequence and
                               festina over all T steps of every row ("full"); --steps 200 --batch 64 is the usual case
-  resets                      forward+backward with a reset every 50 steps or so, beside the same without ("plain")
-  step                        one step of a cell in inference, beside torch.nn's cell
+  resets                      forward+backward with a reset about every 50 steps, against torch.nn's layer, and festina
+                              without resets ("plain")
+  step                        one step of a cell in inference, against torch.nn's cell
 
   festina bench                                       a few cases, half a minute
-  festina bench --grid haste --threads 2              haste's grid, 80 cases a cell and pass
+  festina bench --grid haste --threads 2              haste's grid, 80 cases per cell and pass
   festina bench --passes step --batch 1               one step
   festina bench --cells gru --batch 1 32 --hidden 256 --plan HASTE NONE
 """
@@ -43,11 +44,11 @@ CELLS: dict[str, tuple[type[festina.layers.Recurrent], Callable[..., nn.RNNBase]
     "lstm": (festina.LSTM, nn.LSTM),
     "gru": (festina.GRU, nn.GRU),
 }
-"""The cells that torch.nn has too."""
+"""The cells that torch.nn also has."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# In a low type every product rounds; a wrong norm or gate is off by a tenth and more.
+# In a low-precision type every product rounds; a wrong norm or gate is off by a tenth or more.
 ALLOWED = {**TOLERANCES, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 GRIDS: dict[str, dict[str, list[int]]] = {
@@ -57,12 +58,12 @@ GRIDS: dict[str, dict[str, list[int]]] = {
 
 
 FORWARD_ONLY = frozenset(("forward", "step"))
-"""The passes without backward: they run in inference mode."""
+"""The passes without backward, which run in inference mode."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One case: sizes, cell, plan, type."""
+    """One case: cell, plan, sizes, dtype."""
 
     cell: str
     plan: str
@@ -76,19 +77,19 @@ class Point:
         return f"{self.cell}-{self.plan}-T{self.T}B{self.B}I{self.I}H{self.H}-{self.dtype}"
 
     def gflop(self, name: str) -> float:
-        """Of the matrix products of a pass: 2·G·H·(I + H) a step of a row forward, twice that again backward."""
+        """GFLOP of a pass's matrix products: 2·G·H·(I + H) per row and step forward, twice as many backward."""
         gates = len(festina.spec.CELLS[self.cell].gates)
         steps = {"step": self.B, "ragged": sum(self.lengths())}.get(name, self.T * self.B)
         return 2e-9 * steps * gates * self.H * (self.I + self.H) * (1 if name in FORWARD_ONLY else 3)
 
     def lengths(self) -> list[int]:
-        """Of the ragged batch: spread evenly over T/8 to T."""
+        """Row lengths of the ragged batch, spread evenly over T/8 to T."""
         shortest = max(1, self.T // 8)
         return [shortest + (self.T - shortest) * row // max(1, self.B - 1) for row in range(self.B)]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--grid", choices=GRIDS, default="quick", help="sizes to go through (default: quick)")
+    parser.add_argument("--grid", choices=GRIDS, default="quick", help="sizes to measure (default: quick)")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=["lstm"])
     parser.add_argument("--plan", nargs="+", choices=PLANS, default=["HASTE"], help="where the norms sit")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=["forward", "forward+backward"])
@@ -99,9 +100,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument(
-        "--loop", action="store_true", help="forward, forward+backward: race a Python loop over the reference too"
+        "--loop", action="store_true", help="forward, forward+backward: time a Python loop over the reference too"
     )
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each case and pass (default: 1)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each case and pass (default: 1)")
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
 
 
@@ -112,7 +113,9 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         raise missing("rich", "cli") from None
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda was asked for, but torch sees no CUDA device; leave it out to measure the CPU")
+        raise UsageError(
+            "--device cuda needs a CUDA device, but torch sees none; leave the option out to measure the CPU"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     console = Console()
@@ -128,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         "peak_gflops": round(gemm_peak(dtype, args.device), 1),
     }
     console.print(", ".join(f"{key} {value}" for key, value in conditions.items()))
-    table = Table(title="time of festina, and its ratio to others (median, 20–80 %)")
+    table = Table(title="time of festina and its ratio to others (median, 20–80 %)")
     for column in ("case", "pass", "µs", "/ torch.nn", "/ other", "GFLOP/s", "% of GEMM"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("case", "pass") else "right")
     failures = 0
@@ -138,7 +141,9 @@ def run(args: argparse.Namespace) -> int:
             wrong = unverified(point, args.device)
             if wrong:
                 failures += 1
-                console.print(f"[red]{point}: not measured, it differs from the float64 reference: {wrong}[/red]")
+                console.print(
+                    f"[red]{point}: not measured, because it differs from the float64 reference: {wrong}[/red]"
+                )
                 continue
             for name in args.passes:
                 works = contestants(point, name, args.device, args.loop)
@@ -154,15 +159,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def points(args: argparse.Namespace) -> Iterator[Point]:
-    """The cases that the arguments ask for."""
+    """The cases that the arguments select."""
     grid = GRIDS[args.grid]
     sizes = [getattr(args, name) or grid[name] for name in ("batch", "input", "hidden")]
     for cell, plan, B, I, H in itertools.product(args.cells, args.plan, *sizes):
-        yield Point(cell, plan, args.steps, B, I, H, args.dtype)
+        yield Point(cell=cell, plan=plan, T=args.steps, B=B, I=I, H=H, dtype=args.dtype)
 
 
 def layers(point: Point, device: str) -> tuple[festina.layers.Recurrent, nn.RNNBase]:
-    """Festina's layer and torch.nn's, from the same seed."""
+    """Festina's and torch.nn's layer from the same seed."""
     ours, theirs = CELLS[point.cell]
     options: dict[str, Any] = {"device": device, "dtype": DTYPES[point.dtype]}
     torch.manual_seed(0)
@@ -180,7 +185,7 @@ def trained(layer: nn.Module, x: Tensor, cotangent: Tensor, **options: Any) -> d
 
 
 def unverified(point: Point, device: str, steps: int = 4) -> str | None:
-    """Compare a few steps at the full sizes with the reference in float64; what differs, or None."""
+    """Compare a few steps at full sizes with the float64 reference; return the difference in words, or None."""
     layer, _ = layers(point, device)
     dtype = DTYPES[point.dtype]
     x = torch.randn(steps, point.B, point.I, device=device).to(dtype)
@@ -196,7 +201,7 @@ def unverified(point: Point, device: str, steps: int = 4) -> str | None:
 
 
 def contestants(point: Point, name: str, device: str, loop: bool) -> dict[str, Work]:
-    """What takes turns: festina first, then its peers."""
+    """The contestants of a pass: festina first, then its peers."""
     layer, peer = layers(point, device)
     x = torch.randn(point.T, point.B, point.I, device=device).to(DTYPES[point.dtype])
     work = PASSES[name](point, layer, peer, x)
@@ -206,7 +211,7 @@ def contestants(point: Point, name: str, device: str, loop: bool) -> dict[str, W
 
 
 class Loop(nn.Module):
-    """The reference called directly: what a Python loop over the steps costs, under plain autograd."""
+    """The reference, called directly: a Python loop over the steps under plain autograd."""
 
     def __init__(self, layer: festina.layers.Recurrent) -> None:
         super().__init__()
@@ -238,7 +243,7 @@ def _forward_backward(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor
 
 
 class Packing(nn.Module):
-    """torch.nn's way with ragged rows: packed before, padded again after."""
+    """A torch.nn layer on ragged rows: pack the input, pad the output."""
 
     def __init__(self, layer: nn.Module, lengths: list[int]) -> None:
         super().__init__()
@@ -266,11 +271,11 @@ def _resets(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[
 
 def _step(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
     cells = {nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell}
-    beside = cells[type(peer)](point.I, point.H, device=x.device, dtype=x.dtype)
+    peer_cell = cells[type(peer)](point.I, point.H, device=x.device, dtype=x.dtype)
     h = x.new_zeros(point.B, point.H)
-    state = (h, h.clone()) if isinstance(beside, nn.LSTMCell) else h
+    state = (h, h.clone()) if isinstance(peer_cell, nn.LSTMCell) else h
     cell = layer.cell()  # type: ignore[operator]
-    return {"festina": partial(cell, x[0], state), "torch.nn": partial(beside, x[0], state)}
+    return {"festina": partial(cell, x[0], state), "torch.nn": partial(peer_cell, x[0], state)}
 
 
 PASSES: dict[str, Callable[[Point, nn.Module, nn.Module, Tensor], dict[str, Work]]] = {
@@ -287,7 +292,7 @@ LOOPED: dict[str, Callable[[nn.Module, Tensor], Work]] = {"forward": partial, "f
 
 
 def record(point: Point, name: str, device: str, found: Race, conditions: dict[str, Any]) -> dict[str, Any]:
-    """One line of results: the number with its conditions."""
+    """One line of results: a measurement with its conditions."""
     ours = found.time_us["festina"]
     layer, _ = layers(point, "meta")
     gflops = point.gflop(name) / (ours.median * 1e-6)
@@ -310,7 +315,7 @@ def record(point: Point, name: str, device: str, found: Race, conditions: dict[s
 
 
 def cells_of(row: dict[str, Any]) -> list[str]:
-    """A result as a row of the table."""
+    """The cells of a result's table row."""
     ratios = {peer: "{:.2f} ({:.2f}–{:.2f})".format(*ratio) for peer, ratio in row["ratio"].items()}
     return [
         row["case"],

@@ -1,10 +1,10 @@
-"""Read a checkpoint of another project, write it as a festina state dict, or the other way round.
+"""Convert another project's checkpoint to a festina state dict, or back.
 
     festina convert haste.LayerNormLSTM model.pt layer.safetensors
     festina convert sheeprl.LayerNormGRUCell model.ckpt layer.pt --prefix world_model.rssm.rnn. --option eps=1e-5
     festina convert festina.LSTM layer.safetensors model.npz --to haste.LayerNormLSTM
 
-Files are .safetensors, .pt (also .pth, .bin, .ckpt) and .npz. Nothing but tensors is ever unpickled.
+Files are .safetensors, .pt (also .pth, .bin, .ckpt) and .npz. Only tensors are ever unpickled.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from festina.convert import files
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("format", help=f"what the input is: {', '.join(convert.names())}")
+    parser.add_argument("format", help=f"format of the input: {', '.join(convert.names())}")
     parser.add_argument("input", type=Path, help="the file to read")
     parser.add_argument("output", type=Path, help="the file to write")
-    parser.add_argument("--to", metavar="FORMAT", help="what to write (default: festina's own state dict)")
-    parser.add_argument("--prefix", default="", help="read only the names that begin so, without it")
-    parser.add_argument("--to-prefix", default="", metavar="PREFIX", help="write this before every name")
+    parser.add_argument("--to", metavar="FORMAT", help="format of the output (default: festina's own state dict)")
+    parser.add_argument("--prefix", default="", help="read only names that start with this, and remove it")
+    parser.add_argument("--to-prefix", default="", metavar="PREFIX", help="put this before every name")
     for name, whose in (("--option", "the input's"), ("--to-option", "the output's")):
         parser.add_argument(
             name,
             action="append",
             default=[],
             metavar="NAME=VALUE",
-            help=f"an option of {whose} format that the tensors do not tell, such as eps=1e-3; may be given again",
+            help=f"an option of {whose} format that its tensors do not determine, such as eps=1e-3; repeatable",
         )
 
 
@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def options(texts: list[str]) -> dict[str, Any]:
-    """`NAME=VALUE` by name; a value that is no Python literal is a string.
+    """Parse `NAME=VALUE` texts; a value that is no Python literal is a string.
 
     Raises:
-        UsageError: there is no `=`.
+        UsageError: a text has no `=`.
 
     >>> options(["eps=1e-3", "order=hx", "reset_after=False"])
     {'eps': 0.001, 'order': 'hx', 'reset_after': False}

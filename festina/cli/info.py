@@ -1,4 +1,4 @@
-"""Versions, devices, threads, and which backends can run here and why the others cannot."""
+"""Show versions, devices, threads, and which backends can run here and why the others cannot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def devices() -> list[dict[str, str]]:
-    """The processor, and every accelerator that torch can use, with its name."""
+    """The CPU and every accelerator that torch can use, with names."""
     found = [{"device": "cpu", "name": processor()}]
     found += [{"device": f"cuda:{i}", "name": torch.cuda.get_device_name(i)} for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
@@ -35,7 +35,7 @@ def devices() -> list[dict[str, str]]:
 
 
 def processor() -> str:
-    """The processor's name; /proc/cpuinfo knows it better than `platform` does."""
+    """The CPU's name, from /proc/cpuinfo if possible: `platform` is less precise."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -44,7 +44,7 @@ def processor() -> str:
 
 
 def backend_states() -> list[dict[str, Any]]:
-    """Each backend, best first: on which devices it runs a float32 LayerNormLSTM, and for the others the reason."""
+    """Each backend, best first: per device, None if it runs a float32 LayerNormLSTM, otherwise the reason why not."""
     layer = festina.LayerNormLSTM(8, 8)
     states = []
     for name in backends.names():
@@ -56,7 +56,7 @@ def backend_states() -> list[dict[str, Any]]:
 
 
 def gather() -> dict[str, Any]:
-    """Everything that `festina info` tells."""
+    """Everything that `festina info` prints."""
     return {
         "festina": festina.__version__,
         "torch": torch.__version__,
@@ -70,7 +70,7 @@ def gather() -> dict[str, Any]:
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The facts for people, one a line."""
+    """The facts as text, one per line."""
     rows = [(key, str(facts[key])) for key in ("festina", "torch", "python", "platform")]
     rows += [(found["device"], found["name"]) for found in facts["devices"]]
     rows.append(("threads", f"{facts['threads']['used']} of {facts['threads']['cores']} cores"))

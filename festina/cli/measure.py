@@ -1,7 +1,7 @@
-"""How speed is measured: contestants in one process, taking turns, compared pair by pair.
+"""Speed measurement: contestants take turns in one process and are compared pair by pair.
 
-Machines drift: another program wakes up, a clock changes. A ratio between two timings that stand next to each other
-survives that; a ratio between two medians, taken minutes apart, does not.
+Machines drift: another program starts, a clock frequency changes. That affects two adjacent timings alike, so their ratio
+is robust; a ratio of two medians taken minutes apart is not.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Spread:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Spread:
-        """Of a row of measurements."""
+        """The spread of `values`."""
         p20, median, p80 = np.percentile(values, (20, 50, 80))
         return cls(float(median), float(p20), float(p80))
 
 
 @dataclass(frozen=True)
 class Race:
-    """What `race` found.
+    """The result of `race`.
 
     Args:
-        time_us: microseconds a call, by contestant.
-        ratio: the first contestant's time over each other's, round by round.
-        rounds: how often everybody ran.
+        time_us: microseconds per call, by contestant.
+        ratio: the first contestant's time divided by each other's, round by round.
+        rounds: number of rounds.
     """
 
     time_us: dict[str, Spread]
@@ -53,7 +53,7 @@ class Race:
 def race(contestants: Mapping[str, Work], seconds: float, device: str = "cpu", rounds: int = 7) -> Race:
     """Let the contestants take turns for `seconds`, at least `rounds` times; each turn lasts 2 ms or one call.
 
-    The order turns by one every round, so that nobody always runs in the wake of the same other.
+    The order rotates by one every round, so that no contestant always follows the same one.
     """
     names = list(contestants)
     repeats = {}
@@ -78,7 +78,7 @@ def race(contestants: Mapping[str, Work], seconds: float, device: str = "cpu", r
 
 
 def _time(work: Work, repeats: int, device: str) -> float:
-    """Seconds a call."""
+    """Seconds per call."""
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -94,7 +94,7 @@ def _time(work: Work, repeats: int, device: str) -> float:
 
 
 def gemm_peak(dtype: torch.dtype, device: str) -> float:
-    """GFLOP/s of torch's own matrix product, the best of some tries: what percentages of peak refer to."""
+    """GFLOP/s of torch's own matrix product, best of 7: the peak that percentages refer to."""
     size = 8192 if device == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     out = torch.empty_like(a)
@@ -103,7 +103,7 @@ def gemm_peak(dtype: torch.dtype, device: str) -> float:
 
 
 def machine(device: str) -> str:
-    """What this ran on, in words."""
+    """The machine in words."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     facts = dict.fromkeys(("model name", "cpu family", "model"), "")
@@ -119,7 +119,7 @@ def machine(device: str) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that the package lies in, marked where files differ from it; "" outside of one."""
+    """The commit of the checkout that holds the package, marked if files differ from it; "" outside of a checkout."""
     answer = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=10"],
         cwd=Path(__file__).parent,

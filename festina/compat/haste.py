@@ -1,10 +1,10 @@
 """haste_pytorch's six classes: `import festina.compat.haste as haste` is the whole migration.
 
-Signatures, parameter names and shapes, initial values and the order in which random numbers are drawn are haste's. What
-differs: it runs on every device and backend, backward works in eval mode too, and so does double backward.
+Signatures, parameter names and shapes, initial values and the order of random numbers are haste's. Unlike haste, these
+classes run on every device and backend, backward works in eval mode, and so does double backward.
 
 `LSTM` and `GRU` here are haste's, not `torch.nn`'s: `dropout` is DropConnect on the recurrent kernel, `zoneout` acts on h
-alone, `lengths` leaves the output unmasked. A layer of `festina` proper comes from `convert.load("haste.LSTM", state_dict)`.
+alone, `lengths` leaves the output unmasked. `convert.load("haste.LSTM", state_dict)` gives a layer of `festina` itself.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ State = Tensor | tuple[Tensor, Tensor]
 
 
 class _Layer(nn.Module):
-    """What the six classes share: parameters as the table of their format lays them out, and the forward pass.
+    """Base of the six classes: parameters in the layout of the format's `table`, and the forward pass.
 
     Raises:
         ValueError: a rate is not in [0, 1].
@@ -40,6 +40,7 @@ class _Layer(nn.Module):
         self,
         input_size: int,
         hidden_size: int,
+        *,
         batch_first: bool,
         zoneout: float,
         return_state_sequence: bool,
@@ -67,18 +68,18 @@ class _Layer(nn.Module):
         self.reset_parameters()
 
     def _foreign(self, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-        """haste's tensors from ours."""
+        """haste's tensors from Festina's."""
         parts = disassemble(self._spec, self.table.gates, self._layouts, ours, self._shapes)
         return {name: part.clone(memory_format=torch.contiguous_format) for name, part in parts.items()}
 
     def _ours(self, **changed: Tensor) -> dict[str, Tensor]:
-        """Our parameters from haste's, of which some may be `changed`; autograd follows."""
+        """Festina's parameters from haste's, some of them `changed`. Autograd works through it."""
         tensors = [(part, changed.get(name, getattr(self, name))) for name, part in self._layouts.items()]
         return assemble(self._spec, self.table.gates, tensors, self._shapes)
 
     def reset_parameters(self) -> None:
-        """Kernels gate by gate: Xavier uniform and orthogonal; `recurrent_scale` uniform in ±0.5; gains 1; biases 0, but
-        `forget_bias` for the forget gate.
+        """Initialise kernels gate by gate, Xavier uniform and orthogonal; `recurrent_scale` uniform in ±0.5; gains 1; biases
+        0, except `forget_bias` for the forget gate.
         """
         initial: dict[str, Callable[[Tensor], Tensor]] = {
             "kernel": nn.init.xavier_uniform_,
@@ -107,14 +108,16 @@ class _Layer(nn.Module):
         Args:
             input: `[T, B, I]`, or `[B, T, I]` under batch_first.
             state: h_0 `[1, B, H]`, for the LSTMs (h_0, c_0); None: zeros.
-            lengths: `[B]`, steps of each row; the state returned is then each row's own, but the output is not masked.
+            lengths: `[B]`, the length of each row. The returned state is each row's state at its length; the output is not
+                masked.
 
         Returns:
             output `[T, B, H]`, or `[B, T, H]`, and h_n `[1, B, H]`, for the LSTMs (h_n, c_n). Under return_state_sequence the
-            state after every step, `[1, T, B, H]` or `[1, B, T, H]`, whatever the lengths; an LSTM then goes step by step.
+            state after every step, `[1, T, B, H]` or `[1, B, T, H]`, regardless of lengths; an LSTM then runs one step per
+            call.
 
         Raises:
-            ValueError: the state is not of the structure or shape that it should be.
+            ValueError: the state has a wrong structure or shape.
         """
         steps = input.transpose(0, 1) if self.batch_first else input
         T, B = steps.shape[:2]
@@ -125,7 +128,7 @@ class _Layer(nn.Module):
         else:
             start = _validated(state, wanted)
         mask = None
-        if self.zoneout and self.training:  # haste draws what takes the new value, and before DropConnect
+        if self.zoneout and self.training:  # haste draws the inverse mask, before DropConnect
             mask = steps.new_empty(T, B, self.hidden_size).bernoulli_(1.0 - self.zoneout) == 0
         changed = {}
         if self.dropout:
@@ -151,7 +154,7 @@ class _Layer(nn.Module):
 
 
 class _Run:
-    """One forward call of a layer: our parameters and rate, over whatever part of the steps."""
+    """One forward call: runs the layer, with its parameters and rate, over any part of the steps."""
 
     def __init__(self, spec: LayerSpec, parameters: dict[str, Tensor], zoneout: float) -> None:
         self.spec, self.parameters, self.zoneout = spec, parameters, zoneout
@@ -173,7 +176,7 @@ class _Run:
         return cast(Tensor, output), list(last) if isinstance(last, tuple) else [last]
 
     def with_every_state(self, steps: Tensor, start: list[Tensor], mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Output, and the states after every step `[1, T, B, H]`. h is the output; c is seen only between two calls."""
+        """Output, and the states after every step `[1, T, B, H]`. h is the output; c is available only after a call."""
         if len(start) == 1:
             output, _ = self(steps, start, mask)
             return output, [output.unsqueeze(0)]
@@ -190,26 +193,26 @@ class _Run:
     ) -> tuple[Tensor, list[Tensor]]:
         """Output of all steps, and the states at each row's length.
 
-        The rows run to their lengths first, and then through what lies past them, each from its own last state; in between,
-        every row is turned so that what is left of it begins at step 0.
+        The first call runs every row to its length. Then each row is rotated so that the rest of it begins at step 0, and a
+        second call runs the rests from the states of the first.
         """
         T = len(steps)
         t = torch.arange(T).unsqueeze(1)
 
-        def turned(tensor: Tensor, by: Tensor) -> Tensor:
+        def rotated(tensor: Tensor, by: Tensor) -> Tensor:
             at = ((t + by) % max(T, 1)).unsqueeze(2).expand(-1, -1, tensor.shape[2]).to(tensor.device)
             return tensor.gather(0, at)
 
         head, states = self(steps, start, mask, lengths)
-        tail, _ = self(turned(steps, lengths), states, None if mask is None else turned(mask, lengths), T - lengths)
-        return head + turned(tail, -lengths), states
+        tail, _ = self(rotated(steps, lengths), states, None if mask is None else rotated(mask, lengths), T - lengths)
+        return head + rotated(tail, -lengths), states
 
 
 def _validated(state: State, wanted: list[int] | tuple[list[int], ...]) -> list[Tensor]:
-    """The states one by one.
+    """The states as a list.
 
     Raises:
-        ValueError: the structure, the number of axes or a size is not as `wanted`.
+        ValueError: the structure, the number of axes or a size differs from `wanted`.
     """
     given = list(state) if isinstance(state, (tuple, list)) else [state]
     shapes = list(wanted) if isinstance(wanted, tuple) else [wanted]
@@ -224,29 +227,29 @@ def _validated(state: State, wanted: list[int] | tuple[list[int], ...]) -> list[
     return given
 
 
-class _Native(_Layer):
-    """haste's exchange of weights with `torch.nn`."""
+def _to_native_weights(self: _Layer) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
+    """weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0 of the `torch.nn` layer that computes the same.
 
-    def to_native_weights(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
-        """weight_ih_l0, weight_hh_l0, bias_ih_l0, bias_hh_l0 of the `torch.nn` layer that computes the same.
-
-        haste splits the LSTM's bias in two halves; here bias_ih_l0 has all of it.
-        """
-        ours = self._ours()
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        weight_ih, weight_hh, bias_ih, bias_hh = (nn.Parameter(ours[name].detach().clone()) for name in names)
-        return weight_ih, weight_hh, bias_ih, bias_hh
-
-    def from_native_weights(
-        self, weight_ih_l0: Tensor, weight_hh_l0: Tensor, bias_ih_l0: Tensor, bias_hh_l0: Tensor
-    ) -> None:
-        """Take over the weights of a `torch.nn` layer; the parameters are new objects then, as in haste."""
-        ours = {"weight_ih": weight_ih_l0, "weight_hh": weight_hh_l0, "bias_ih": bias_ih_l0, "bias_hh": bias_hh_l0}
-        for name, value in self._foreign({key: tensor.detach() for key, tensor in ours.items()}).items():
-            setattr(self, name, nn.Parameter(value))
+    haste splits the LSTM's bias in two halves; here bias_ih_l0 has all of it.
+    """
+    ours = self._ours()
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    weight_ih, weight_hh, bias_ih, bias_hh = (nn.Parameter(ours[name].detach().clone()) for name in names)
+    return weight_ih, weight_hh, bias_ih, bias_hh
 
 
-class _LSTMArguments(_Layer):
+def _from_native_weights(
+    self: _Layer, weight_ih_l0: Tensor, weight_hh_l0: Tensor, bias_ih_l0: Tensor, bias_hh_l0: Tensor
+) -> None:
+    """Take over the weights of a `torch.nn` layer; as in haste, the parameters become new objects."""
+    ours = {"weight_ih": weight_ih_l0, "weight_hh": weight_hh_l0, "bias_ih": bias_ih_l0, "bias_hh": bias_hh_l0}
+    for name, value in self._foreign({key: tensor.detach() for key, tensor in ours.items()}).items():
+        setattr(self, name, nn.Parameter(value))
+
+
+class _LSTM(_Layer):
+    """haste's arguments of both LSTMs."""
+
     def __init__(
         self,
         input_size: int,
@@ -258,11 +261,19 @@ class _LSTMArguments(_Layer):
         return_state_sequence: bool = False,
     ) -> None:
         super().__init__(
-            input_size, hidden_size, batch_first, zoneout, return_state_sequence, dropout, forget_bias=forget_bias
+            input_size,
+            hidden_size,
+            batch_first=batch_first,
+            forget_bias=forget_bias,
+            dropout=dropout,
+            zoneout=zoneout,
+            return_state_sequence=return_state_sequence,
         )
 
 
-class _GRUArguments(_Layer):
+class _GRU(_Layer):
+    """haste's arguments of both GRUs."""
+
     def __init__(
         self,
         input_size: int,
@@ -272,10 +283,19 @@ class _GRUArguments(_Layer):
         zoneout: float = 0.0,
         return_state_sequence: bool = False,
     ) -> None:
-        super().__init__(input_size, hidden_size, batch_first, zoneout, return_state_sequence, dropout)
+        super().__init__(
+            input_size,
+            hidden_size,
+            batch_first=batch_first,
+            dropout=dropout,
+            zoneout=zoneout,
+            return_state_sequence=return_state_sequence,
+        )
 
 
-class _IndRNNArguments(_Layer):
+class _IndRNN(_Layer):
+    """haste's arguments of both IndRNNs."""
+
     def __init__(
         self,
         input_size: int,
@@ -284,19 +304,27 @@ class _IndRNNArguments(_Layer):
         zoneout: float = 0.0,
         return_state_sequence: bool = False,
     ) -> None:
-        super().__init__(input_size, hidden_size, batch_first, zoneout, return_state_sequence)
+        super().__init__(
+            input_size,
+            hidden_size,
+            batch_first=batch_first,
+            zoneout=zoneout,
+            return_state_sequence=return_state_sequence,
+        )
 
 
-class LSTM(_LSTMArguments, _Native):
+class LSTM(_LSTM):
     """haste_pytorch.LSTM: `kernel [I, 4H]`, `recurrent_kernel [H, 4H]`, `bias [4H]`, gates i g f o.
 
     >>> y, (h_n, c_n) = LSTM(3, 5, zoneout=0.1, dropout=0.05)(torch.zeros(7, 2, 3))
     """
 
     table = tables.lstm()
+    to_native_weights = _to_native_weights
+    from_native_weights = _from_native_weights
 
 
-class LayerNormLSTM(_LSTMArguments):
+class LayerNormLSTM(_LSTM):
     """haste_pytorch.LayerNormLSTM: `LSTM`'s parameters, `gamma [2, 4H]`, `gamma_h [H]`, `beta_h [H]`.
 
     >>> y, (h_n, c_n) = LayerNormLSTM(3, 5, zoneout=0.1, dropout=0.05)(torch.zeros(7, 2, 3))
@@ -305,16 +333,18 @@ class LayerNormLSTM(_LSTMArguments):
     table = tables.layer_norm_lstm()
 
 
-class GRU(_GRUArguments, _Native):
+class GRU(_GRU):
     """haste_pytorch.GRU: `kernel [I, 3H]`, `recurrent_kernel [H, 3H]`, `bias`, `recurrent_bias [3H]`, gates z r h.
 
     >>> y, h_n = GRU(3, 5, zoneout=0.1, dropout=0.05)(torch.zeros(7, 2, 3))
     """
 
     table = tables.gru()
+    to_native_weights = _to_native_weights
+    from_native_weights = _from_native_weights
 
 
-class LayerNormGRU(_GRUArguments):
+class LayerNormGRU(_GRU):
     """haste_pytorch.LayerNormGRU: `GRU`'s parameters and `gamma [2, 3H]`.
 
     >>> y, h_n = LayerNormGRU(3, 5, zoneout=0.1, dropout=0.05)(torch.zeros(7, 2, 3))
@@ -323,7 +353,7 @@ class LayerNormGRU(_GRUArguments):
     table = tables.layer_norm_gru()
 
 
-class IndRNN(_IndRNNArguments):
+class IndRNN(_IndRNN):
     """haste_pytorch.IndRNN: `kernel [I, H]`, `recurrent_scale [H]`, `bias [H]`.
 
     >>> y, h_n = IndRNN(3, 5, zoneout=0.1)(torch.zeros(7, 2, 3))
@@ -332,8 +362,8 @@ class IndRNN(_IndRNNArguments):
     table = tables.indrnn()
 
 
-class LayerNormIndRNN(_IndRNNArguments):
-    """haste_pytorch.LayerNormIndRNN: `IndRNN`'s parameters and `gamma [2, H]`, whose second row nothing reads.
+class LayerNormIndRNN(_IndRNN):
+    """haste_pytorch.LayerNormIndRNN: `IndRNN`'s parameters and `gamma [2, H]`, whose second row is never read.
 
     >>> y, h_n = LayerNormIndRNN(3, 5, zoneout=0.1)(torch.zeros(7, 2, 3))
     """

@@ -1,6 +1,7 @@
-"""Other projects' checkpoints: `load` one by name, `dump` a layer back, `to_torch` a plain one.
+"""Other projects' checkpoints: `load` reads one into a layer, `dump` writes it back, `to_torch` makes a `torch.nn` layer.
 
-Every format is a table in a module of this package, one module a project; its docstring names the source. `names()` lists them.
+Every format is a table, and every project has a module in this package whose docstring names the source. `names()` lists the
+formats.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ FORMATS: dict[str, Callable[..., Table]] = {
     )
     for name, make in module.FORMATS.items()
 }
-"""Every format by name: a function from the options that a checkpoint does not hold to its table."""
+"""Every format by name: a function that takes the options missing from a checkpoint and returns the table."""
 
 _CLASSES: dict[str, tuple[type[Recurrent], type[Recurrent], dict[str, Any]]] = {
     "lstm": (layers.LSTM, layers.LayerNormLSTM, {}),
@@ -67,7 +68,7 @@ _CLASSES: dict[str, tuple[type[Recurrent], type[Recurrent], dict[str, Any]]] = {
     "indrnn": (layers.IndRNN, layers.LayerNormIndRNN, {}),
     "indrnn_relu": (layers.IndRNN, layers.LayerNormIndRNN, {"nonlinearity": "relu"}),
 }
-"""For each cell: the class of a plain layer, of one with a norm plan, and what tells it from the class's usual cell."""
+"""For each cell: the class of a plain layer, the class of a layer with a norm plan, and the options that select the cell."""
 
 
 def names() -> list[str]:
@@ -83,15 +84,15 @@ def table(name: str, **options: Any) -> Table:
     """The table of a format.
 
     Raises:
-        ValueError: there is no format of that name.
+        ValueError: the format is unknown.
         TypeError: the format has no such option.
     """
     if name not in FORMATS:
-        raise ValueError(f"there is no format {name!r}; there are {', '.join(FORMATS)}")
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
     known = inspect.signature(FORMATS[name]).parameters
     unknown = [option for option in options if option not in known]
     if unknown:
-        raise TypeError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+        raise TypeError(f"options of {name} must be among {', '.join(known) or '(none)'}, got {', '.join(unknown)}")
     return FORMATS[name](**options)
 
 
@@ -107,22 +108,22 @@ def load(
     dropconnect: float = 0.0,
     **options: Any,
 ) -> Recurrent:
-    """A layer over time from another project's state dict, also from that of a single cell.
+    """A layer over time from another project's state dict, which may be that of a single cell.
 
     Args:
         name: the format, one of `names()`.
-        state_dict: torch tensors or NumPy arrays by the names of the project's own checkpoint; a `:0` at the end, which is
-            TensorFlow's, does not count. The layer's dtype and device are theirs (of several dtypes the widest).
-        prefix: take only the names that begin so, without it: `encoder.rnn.`.
+        state_dict: torch tensors or NumPy arrays under the names of the project's checkpoint; TensorFlow's suffix `:0` is
+            ignored. The layer takes their dtype (of several the widest) and device.
+        prefix: read only the names that start with it, and remove it: `encoder.rnn.`.
         batch_first, dropout, zoneout, zoneout_cell, dropconnect: as in `festina.LSTM`; no checkpoint holds them.
-        options: what else the checkpoint does not hold, such as `eps`; the format's function in `FORMATS` lists its own.
+        options: whatever else the checkpoint does not hold, such as `eps`: the arguments of the format's function in `FORMATS`.
 
     Returns:
-        A `festina` layer of the cell and with the norm plan of the format; as many layers and directions as were found.
+        A `festina` layer with the cell and the norm plan of the format, and the number of layers and directions found.
 
     Raises:
-        ConvertError: names are missing or unknown, or tensors are misshapen; one error lists them all.
-        ValueError, TypeError: there is no format of that name, or it has no such option.
+        ConvertError: names are missing or unknown, or shapes are wrong; one error lists everything.
+        ValueError, TypeError: the format is unknown, or has no such option.
 
     >>> cell = torch.nn.GRUCell(3, 5)
     >>> layer = load("torch.GRU", cell.state_dict())
@@ -156,7 +157,7 @@ def load(
         zoneout=zoneout,
         zoneout_cell=zoneout_cell,
         dropconnect=dropconnect,
-        device="meta",  # so that nothing is initialised and no random number is drawn
+        device="meta",  # initialises nothing and draws no random number
         dtype=dtype,
         **extra,
     ).to_empty(device=tensors[0].device)
@@ -175,20 +176,20 @@ def _tensor(name: str, value: Any) -> Tensor:
     try:
         return torch.tensor(np.asarray(value))
     except TypeError:
-        raise TypeError(f"{name} must be a tensor or an array, got a {type(value).__name__}") from None
+        raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}") from None
 
 
 def dump(name: str, layer: Recurrent, **options: Any) -> dict[str, Tensor]:
-    """The state dict of another project that holds this layer: the inverse of `load`, and exact.
+    """The layer as a state dict of another project: the exact inverse of `load`.
 
     Args:
         name: the format, one of `names()`.
-        layer: a layer whose cell and norm plan are the format's.
+        layer: a layer with the cell and the norm plan of the format.
         options: as in `load`.
 
     Raises:
-        ConvertError: the layer is another function than the format can hold, or has parameters that it has no place for.
-        ValueError, TypeError: there is no format of that name, or it has no such option.
+        ConvertError: the format cannot hold the layer's function, or has no place for some of its parameters.
+        ValueError, TypeError: the format is unknown, or has no such option.
 
     >>> sorted(dump("haste.GRU", layers.GRU(3, 5)))
     ['bias', 'kernel', 'recurrent_bias', 'recurrent_kernel']
@@ -202,7 +203,7 @@ def dump(name: str, layer: Recurrent, **options: Any) -> dict[str, Tensor]:
 
 
 def own_format(layer: Recurrent) -> tuple[str, dict[str, Any]]:
-    """The format of ours that holds this layer, and its options.
+    """Festina's own format for this layer, and its options.
 
     >>> own_format(layers.LayerNormIndRNN(3, 5, nonlinearity="relu"))
     ('festina.IndRNN', {'nonlinearity': 'relu'})
@@ -212,10 +213,10 @@ def own_format(layer: Recurrent) -> tuple[str, dict[str, Any]]:
 
 
 def to_torch(layer: Recurrent) -> nn.LSTM | nn.GRU:
-    """The `torch.nn.LSTM` or `GRU` that computes what a plain layer computes, with its own copy of the parameters.
+    """The `torch.nn.LSTM` or `GRU` with the function of a plain layer and a copy of its parameters.
 
     Raises:
-        ConvertError: torch.nn has no such layer; every reason is listed.
+        ConvertError: torch.nn has no such layer; the error lists every reason.
 
     >>> to_torch(layers.LSTM(3, 5, bidirectional=True))
     LSTM(3, 5, bidirectional=True)
@@ -235,11 +236,11 @@ def to_torch(layer: Recurrent) -> nn.LSTM | nn.GRU:
     plain = torch_classes[layer.spec.cell.name](
         layer.input_size,
         layer.hidden_size,
-        layer.num_layers,
-        layer.bias,
-        layer.batch_first,
-        layer.dropout,
-        layer.bidirectional,
+        num_layers=layer.num_layers,
+        bias=layer.bias,
+        batch_first=layer.batch_first,
+        dropout=layer.dropout,
+        bidirectional=layer.bidirectional,
         device="meta",
         dtype=first.dtype,
         **sizes,

@@ -9,7 +9,7 @@ from festina.spec import LSTM
 
 
 def lnlstm() -> Table:
-    """lnlstm; stable-baselines' lstm(layer_norm=True). Its state is c and h side by side, ours the pair (h, c)."""
+    """lnlstm; stable-baselines' lstm(layer_norm=True). Its state is [c, h] in one tensor, Festina's the pair (h, c)."""
     return Table(
         LSTM,
         HASTE,

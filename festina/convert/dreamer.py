@@ -1,6 +1,6 @@
-"""The GRU of the Dreamers, gates reset, candidate, update, one linear layer over x and h.
+"""The GRU of the Dreamer family: gates reset, candidate, update, one linear layer over x and h.
 
-DreamerV3 since 2024 has no norm on the gates and block-diagonal weights; it is no such cell any more.
+DreamerV3 since 2024 is another cell, without a norm on the gates and with block-diagonal weights.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from festina.spec import GRU
 
 
 def joined(order: str) -> Layout:
-    """Both weights beside each other, x's first (`xh`) or h's (`hx`).
+    """Both weights concatenated by columns, those of x first (`xh`) or those of h first (`hx`).
 
     Raises:
-        ValueError: another order.
+        ValueError: `order` is neither.
     """
     orders = {"xh": ("weight_ih", "weight_hh"), "hx": ("weight_hh", "weight_ih")}
     if order not in orders:

@@ -1,7 +1,7 @@
-"""One engine for every checkpoint format: `read` a state dict that a `Table` describes, `write` it back.
+"""One engine for every checkpoint format: a `Table` describes a state dict, `read` reads it and `write` writes it.
 
-To read, every foreign tensor is taken apart into blocks, and the blocks that belong to one of our parameters are added up. To
-write, every foreign tensor is put together from our parameters.
+`read` splits every foreign tensor into blocks and adds up the blocks of each of Festina's parameters. `write` composes every
+foreign tensor from Festina's parameters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from festina.spec import CellSpec, LayerSpec
 
 
 class ConvertError(ValueError):
-    """A state dict, or a layer, does not fit the format it was meant for. The text lists everything that is wrong."""
+    """A state dict or a layer does not fit the format. The text lists everything that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Table:
     """How one project stores one kind of recurrent layer.
 
     Args:
-        cell: the cell it is.
-        plan: where its norms sit; None: the state dict says so itself, as ours do.
-        gates: the order of its gates, a letter each, as `cell.gates` calls them.
-        keys: the layout of each tensor, by its name. A name that ends in `?` may be absent; an inner bias, a projection or all
-            biases that are absent are absent from the layer too. `{even}` and `{odd}` stand for 2l and 2l + 1.
-        scopes: how a name stands in the state dict, `{key}` being the name, `{l}` the layer, `{d}` the direction (0 or 1),
-            `{reverse}` "" or "_reverse", `{side}` "forward" or "backward", `{fw}` "fw" or "bw". The scope under which most
-            names are found is read; the first one that tells all layers and directions apart is written.
-        aliases: other spellings, by name of `keys`.
-        stacked: names of tensors that hold the layers along a first axis; in `keys` their names end in `.{l}`.
+        cell: the cell.
+        plan: where its norms sit; None: the state dict holds the plan, as Festina's do.
+        gates: the order of the gates in the project's tensors, one letter each, as in `cell.gates`.
+        keys: the layout of each tensor by name. A name that ends in `?` is optional; the layer then lacks an inner bias, a
+            projection or all biases that the state dict lacks. `{even}` and `{odd}` stand for 2l and 2l + 1.
+        scopes: patterns of the full names: `{key}` is the name in `keys`, `{l}` the layer, `{d}` the direction (0 or 1),
+            `{reverse}` "" or "_reverse", `{side}` "forward" or "backward", `{fw}` "fw" or "bw". `read` takes the scope that
+            matches the most names, `write` the first one that distinguishes all layers and directions.
+        aliases: other spellings of names in `keys`.
+        stacked: names of tensors that hold all layers along a first axis; in `keys` their names end in `.{l}`.
     """
 
     cell: CellSpec
@@ -50,7 +50,7 @@ class Table:
     stacked: tuple[str, ...] = ()
 
     def layouts(self, present: Callable[[str], bool]) -> dict[str, Layout]:
-        """The layout of each tensor by its name, of those that may be absent only the ones that are `present`."""
+        """The layout of each tensor by name; of the optional ones, those that are `present`."""
         return {
             key.rstrip("?"): layout(part)
             for key, part in self.keys.items()
@@ -58,13 +58,13 @@ class Table:
         }
 
     def full(self, key: str, scope: str, l: int, d: int) -> str:
-        """The name in the state dict of `key` of layer `l`, direction `d`."""
+        """The full name of `key` of layer `l`, direction `d`."""
         key = key.format(l=l, even=2 * l, odd=2 * l + 1)
         sides = {"reverse": ("", "_reverse")[d], "side": ("forward", "backward")[d], "fw": ("fw", "bw")[d]}
         return scope.format(key=key, l=l, d=d, **sides)
 
     def find(self, key: str, scope: str, l: int, d: int, state: Mapping[str, Tensor]) -> str:
-        """`full`, under the spelling that `state` has it."""
+        """`full`, in the spelling that `state` uses."""
         names = [self.full(spelling, scope, l, d) for spelling in (key, self.aliases.get(key, key))]
         return next((name for name in names if name in state), names[0])
 
@@ -72,13 +72,13 @@ class Table:
 def read(
     table: Table, state: Mapping[str, Tensor]
 ) -> tuple[LayerSpec, tuple[int, int, int], list[list[dict[str, Tensor]]]]:
-    """Our parameters, from the state dict that `table` describes. Autograd follows.
+    """Festina's parameters from the state dict that `table` describes. Autograd works through it.
 
     Returns:
-        What the layer is; its sizes I, H, P; for each layer and each direction its parameters, by our names.
+        The spec; the sizes I, H, P; for each layer and direction the parameters by Festina's names.
 
     Raises:
-        ConvertError: names are missing or unknown, or tensors have not the shape they should have; all of them are listed.
+        ConvertError: names are missing or unknown, or shapes are wrong; the error lists all of them.
     """
     state = dict(state)
     plan = table.plan
@@ -107,7 +107,7 @@ def read(
         checked = [_mismatch(spec, part, state[name], name, _shapes(spec, sizes, l)) for l, part, name in held]
         misshapen = [text for text in checked if text]
     _complain("the state dict does not fit", {"missing": missing, "unknown": unknown, "misshapen": misshapen})
-    assert sizes is not None  # else something was missing or misshapen
+    assert sizes is not None  # otherwise something was missing or misshapen
     parameters = [
         [
             assemble(spec, table.gates, [(layouts[key], state[name]) for key, name in names[l, d].items()], shapes)
@@ -120,10 +120,10 @@ def read(
 
 
 def write(table: Table, layer: Recurrent) -> dict[str, Tensor]:
-    """The state dict that `table` describes, from one of our layers. Autograd follows.
+    """The state dict that `table` describes, from a layer of Festina. Autograd works through it.
 
     Raises:
-        ConvertError: the layer is another function than the format can hold; every reason is listed.
+        ConvertError: the format cannot hold the layer's function; the error lists every reason.
     """
     spec, L, D = layer.spec, layer.num_layers, layer.spec.directions
     layouts = table.layouts(
@@ -139,7 +139,7 @@ def write(table: Table, layer: Recurrent) -> dict[str, Tensor]:
     elif specialise(table.cell, plan, layouts.values(), D).plan != spec.plan:
         reasons.append(f"the norm plan must be {plan}, got {spec.plan}")
     if not scopes:
-        reasons.append(f"the format holds no {L} layers in {D} directions")
+        reasons.append(f"the format has no names for {L} layers in {D} directions")
     _complain("the layer cannot be stored", {"because": reasons})
 
     state: dict[str, Tensor] = {}
@@ -158,7 +158,7 @@ def write(table: Table, layer: Recurrent) -> dict[str, Tensor]:
 
 
 def specialise(cell: CellSpec, plan: NormPlan, layouts: Iterable[Layout], directions: int) -> LayerSpec:
-    """The layer that these tensors make: it has the biases and the projection that they hold."""
+    """The spec of a layer with the biases and the projection that these tensors hold."""
     fed = _fed(layouts)
     plan = cell.fit(plan)
     held = replace(
@@ -174,13 +174,13 @@ def specialise(cell: CellSpec, plan: NormPlan, layouts: Iterable[Layout], direct
 def assemble(
     spec: LayerSpec, order: str, tensors: Sequence[tuple[Layout, Tensor]], shapes: Mapping[str, Shape]
 ) -> dict[str, Tensor]:
-    """Our parameters of one layer and direction, from foreign tensors; a shift that none of them holds is 0.
+    """Festina's parameters of one layer and direction, from foreign tensors; a shift that none of them holds is 0.
 
     Args:
         spec: the layer.
-        order: the order of the gates where a block does not name its own.
+        order: the order of the gates in blocks that do not name theirs.
         tensors: layouts and their tensors.
-        shapes: the shapes of our parameters.
+        shapes: the shapes of Festina's parameters.
     """
     size = _sizer(spec, shapes)
     sums: dict[str, dict[str, Tensor]] = {}
@@ -209,12 +209,12 @@ def disassemble(
     parameters: Mapping[str, Tensor],
     shapes: Mapping[str, Shape],
 ) -> dict[str, Tensor]:
-    """Foreign tensors of one layer and direction, by their names, from our parameters: the inverse of `assemble`.
+    """Foreign tensors of one layer and direction by name, from Festina's parameters: the inverse of `assemble`.
 
-    A parameter that the layer has not is 0. Where a project adds up several tensors, the first gets the whole value.
+    A parameter that the layer lacks counts as 0. If a project adds up several tensors, the first gets the whole value.
 
     Raises:
-        ConvertError: a parameter of ours is not 0 and has no place there.
+        ConvertError: a parameter is not 0 and the format has no place for it.
     """
     every = [block for part in layouts.values() for block in part.blocks() if not block.unused]
     places = {name for block in every for name in (block.name, block.fold)}
@@ -243,41 +243,41 @@ def disassemble(
 
 
 def _shapes(spec: LayerSpec, sizes: tuple[int, int, int], l: int) -> dict[str, Shape]:
-    """The shapes of the parameters of layer `l`; above the first, x is what both directions below gave."""
+    """The shapes of the parameters of layer `l`; above the first, x is the output of all directions below."""
     I, H, P = sizes
     return spec.parameter_shapes(spec.directions * P if l else I, H, P)
 
 
 def _own_plan(table: Table, state: Mapping[str, Tensor]) -> NormPlan:
-    """The plan that a state dict of ours says it has."""
+    """The plan that a state dict of Festina holds."""
     try:
         plan = saved_plan(dict(state), "")
         if plan is not None:
             return table.cell.fit(plan)
     except (AttributeError, TypeError, ValueError) as error:
         raise ConvertError(f"{PLAN_KEY} must hold a norm plan as festina saves it: {error}") from None
-    raise ConvertError(f"the state dict has gains but does not say where they belong: {PLAN_KEY} is missing")
+    raise ConvertError(f"the state dict has gains but no norm plan: {PLAN_KEY} is missing")
 
 
 def _fed(layouts: Iterable[Layout]) -> set[str]:
-    """The parameters of ours that these tensors hold, or parts of."""
+    """The names of Festina's parameters that these tensors hold, wholly or in part."""
     return {block.name for part in layouts for block in part.blocks() if not block.unused}
 
 
 @cache
 def _ungated(spec: LayerSpec) -> frozenset[str]:
-    """The parameters without a block for each gate."""
+    """The parameters that are not divided into gates."""
     shapes = replace(spec, bias=True).parameter_shapes(1, 1, 1)
     return frozenset(name for name, shape in shapes.items() if shape[0] != len(spec.cell.gates))
 
 
 def _gates(spec: LayerSpec, block: Block, order: str = "") -> Sequence[str]:
-    """The gates of a block, as they stand there; one nameless gate where the parameter has none."""
+    """The gates of a block, in its order; one unnamed gate if the parameter is not divided into gates."""
     return [""] if block.name in _ungated(spec) else block.gates or order or spec.cell.gates
 
 
 def _sizer(spec: LayerSpec, shapes: Mapping[str, Shape]) -> Callable[[Block], Shape]:
-    """The shape of a block, from the shapes of our parameters."""
+    """A function from a block to its shape, given the shapes of Festina's parameters."""
 
     def size(block: Block) -> Shape:
         first, *rest = shapes[block.name]
@@ -288,7 +288,7 @@ def _sizer(spec: LayerSpec, shapes: Mapping[str, Shape]) -> Callable[[Block], Sh
 
 
 def _axes(spec: LayerSpec, part: Layout) -> list[dict[str, int]]:
-    """Each axis of a foreign tensor as multiples of the sizes I, H, P, and a constant under ""."""
+    """Each axis of a foreign tensor as multiples of the sizes I, H, P, with a constant under ""."""
 
     def shape(I: int, H: int, P: int) -> Shape:
         return part.shape(_sizer(spec, spec.parameter_shapes(I, H, P if spec.projected else H)))
@@ -302,9 +302,9 @@ def _axes(spec: LayerSpec, part: Layout) -> list[dict[str, int]]:
 
 
 def _solve(spec: LayerSpec, held: Sequence[tuple[Layout, Shape]]) -> tuple[int, int, int] | None:
-    """The sizes I, H, P that the shapes tell, or None where they do not."""
+    """The sizes I, H, P that follow from the shapes, or None."""
     known: dict[str, int] = {}
-    for _ in range(3):  # each round finds one size at least, as long as the others are known
+    for _ in range(3):  # a round that finds no size finds none later, so three rounds suffice for three sizes
         for part, shape in held:
             for multiples, length in zip(_axes(spec, part), shape):
                 unknown = [name for name, factor in multiples.items() if name and factor and name not in known]
@@ -319,7 +319,7 @@ def _solve(spec: LayerSpec, held: Sequence[tuple[Layout, Shape]]) -> tuple[int, 
 
 
 def _mismatch(spec: LayerSpec, part: Layout, tensor: Tensor, name: str, shapes: Mapping[str, Shape]) -> str | None:
-    """What is wrong with a foreign tensor, or None."""
+    """The problem with a foreign tensor, or None."""
     want = part.shape(_sizer(spec, shapes))
     if tuple(tensor.shape) != want:
         letters = ", ".join(
@@ -333,7 +333,7 @@ def _mismatch(spec: LayerSpec, part: Layout, tensor: Tensor, name: str, shapes: 
 
 
 def _extent(table: Table, state: Mapping[str, Tensor]) -> tuple[str, int, int]:
-    """The scope under which most names are found, and how many layers and directions there are."""
+    """The scope that matches the most names, and the numbers of layers and directions."""
 
     def found(scope: str, l: int, d: int) -> set[str]:
         return {table.find(key.rstrip("?"), scope, l, d, state) for key in table.keys} & state.keys()
@@ -351,7 +351,7 @@ def _extent(table: Table, state: Mapping[str, Tensor]) -> tuple[str, int, int]:
 
 
 def _complain(headline: str, problems: Mapping[str, Sequence[str]]) -> None:
-    """Raise one error that lists every problem, if there is any."""
+    """Raise one error that lists every problem, if there are any."""
     lines = [f"  {what}: {'; '.join(texts)}" for what, texts in problems.items() if texts]
     if lines:
         raise ConvertError("\n".join([f"{headline}:", *lines]))

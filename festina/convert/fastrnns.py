@@ -1,6 +1,7 @@
 """PyTorch's benchmarks/fastrnns/custom_lstms.py and its copies in NVIDIA NeMo and DI-star: gates i f g o, no biases.
 
-The cell alone, in a layer (`cell.`), in a stack (`layers.0.cell.`), and bidirectional (`layers.0.directions.0.cell.`).
+Read are the cell alone, a layer (`cell.`), a stack (`layers.0.cell.`), and the bidirectional forms
+(`layers.0.directions.0.cell.`).
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from festina.spec import LSTM
 
 
 def layer_norm_lstm_cell(eps: float = 1e-5) -> Table:
-    """LayerNormLSTMCell, LSTMLayer, BidirLSTMLayer, StackedLSTM and StackedBidirLSTM of them.
+    """LayerNormLSTMCell, and LSTMLayer, BidirLSTMLayer, StackedLSTM and StackedBidirLSTM made of it.
 
-    Built with decompose_layernorm=True the cell has a norm without eps, which is NaN where h is 0; that one has no plan.
+    No plan covers decompose_layernorm=True: that norm has no eps and is NaN where h is 0.
 
     Args:
         eps: the eps of its nn.LayerNorm.

@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors, PyTorch's .pt, NumPy's .npz. Nothing but tensors is ever unpickled."""
+"""Tensors in files: safetensors, PyTorch's .pt, NumPy's .npz. Only tensors are ever unpickled."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch import Tensor
 
 
 class FileError(ValueError):
-    """A file cannot be read or written as asked. The text says why and what to do."""
+    """A file cannot be read or written. The text says why and what to do."""
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor in a file, by name; of nested mappings the names are joined by dots, what is no tensor is left out.
+    """Every tensor in a file by name; names of nested mappings are joined by dots, other values are skipped.
 
     Raises:
         FileError: the suffix is unknown, the file is damaged or holds objects other than tensors and plain values, or the
-            package for it is missing.
-        OSError: there is no such file.
+            package for the format is missing.
+        OSError: the file does not exist or cannot be read.
     """
     path = Path(path)
     return _by_suffix(path)[0](path)
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, in the form that the suffix says.
+    """Write tensors by name, in the format of the suffix.
 
     Raises:
-        FileError: the suffix is unknown, the form cannot hold a dtype, or the package for it is missing.
+        FileError: the suffix is unknown, the format cannot hold a dtype, or the package for it is missing.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -56,8 +56,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         found: dict[str, Tensor] = reader.load_file(path)
     except OSError:
         raise
-    except Exception as error:  # its own error type, for anything that is wrong inside
-        raise FileError(f"{path} is no safetensors file: {error}") from None
+    except Exception as error:  # safetensors has an error type for damaged files
+        raise FileError(f"{path} must be a safetensors file: {error}") from None
     return found
 
 
@@ -70,11 +70,11 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise FileError(
-            f"{path} holds objects other than tensors, and they are not unpickled, for that can run any code; save the "
-            "state dict alone, where its own project is installed: torch.save(model.state_dict(), path)"
+            f"{path} must hold only tensors and plain values, but holds other objects, and unpickling can run any code; "
+            "where the project is installed, save the state dict alone: torch.save(model.state_dict(), path)"
         ) from None
     except (EOFError, RuntimeError) as error:
-        raise FileError(f"{path} is no file of torch.save: {error}") from None
+        raise FileError(f"{path} must be a file of torch.save: {error}") from None
     return _flat(held)
 
 
@@ -100,14 +100,14 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (ValueError, EOFError, AttributeError) as error:
-        raise FileError(f"{path} is no .npz file of plain arrays: {error}") from None
+        raise FileError(f"{path} must be an .npz file of plain arrays: {error}") from None
     return {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind in "fiub"}
 
 
 def _write_npz(path: Path, tensors: dict[str, Tensor]) -> None:
     low = sorted(name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16)
     if low:
-        raise FileError(f"NumPy has no bfloat16, which {', '.join(low)} have; write .safetensors or .pt")
+        raise FileError(f"NumPy has no bfloat16, the dtype of {', '.join(low)}; write .safetensors or .pt")
     np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
 
 
@@ -119,10 +119,10 @@ _FORMS: dict[str, tuple[Callable[[Path], dict[str, Tensor]], Callable[[Path, dic
     ".ckpt": (_read_torch, _write_torch),
     ".npz": (_read_npz, _write_npz),
 }
-"""How files are read and written, by suffix."""
+"""Reader and writer by suffix."""
 
 
 def _by_suffix(path: Path) -> tuple[Callable[[Path], dict[str, Tensor]], Callable[[Path, dict[str, Tensor]], None]]:
     if path.suffix not in _FORMS:
-        raise FileError(f"{path} must end in {', '.join(_FORMS)}: the suffix says what is in the file")
+        raise FileError(f"{path} must end in {', '.join(_FORMS)}: the suffix selects the format")
     return _FORMS[path.suffix]

@@ -1,7 +1,7 @@
 """haste (lmnt-com/haste), PyTorch and TensorFlow: kernels are [in, out], LSTM gates i g f o, GRU gates z r h.
 
-haste_tf stores both kernels as one, the rows of x above those of h, and the GRU's two biases one after the other. A layer with
-direction='bidirectional' has its variables under `fw/` and `bw/`; what stands before is the `prefix`.
+haste_tf stores both kernels as one, the rows of x above those of h, and concatenates the GRU's two biases. A layer with
+direction='bidirectional' has its variables under `fw/` and `bw/`; the scope before these is the `prefix`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def layer_norm_indrnn() -> Table:
 
 
 def _tf(table: Table, changed: Mapping[str, Described | None] | None = None) -> Table:
-    """The table as haste_tf has it, with these layouts changed; None leaves a name out."""
+    """haste_tf's version of a table, with these layouts changed; None removes a name."""
     keys = {**table.keys, **(changed or {})}
     return replace(table, keys={key: part for key, part in keys.items() if part}, scopes=("{key}", "{fw}/{key}"))
 

@@ -1,6 +1,6 @@
 """k2-fsa/icefall, egs/librispeech/ASR/transducer/rnn.py: torch.nn's parameters, and one nn.LayerNorm for each gate.
 
-The cell alone, in a layer (`cell.`) and in a stack (`layers.0.cell.`). icefall's layers are batch_first.
+Read are the cell alone, a layer (`cell.`) and a stack (`layers.0.cell.`). icefall's layers are batch_first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _SCOPES = ("{key}", "cell.{key}", "layers.{l}.cell.{key}")
 
 
 def _norms(gates: dict[str, str]) -> dict[str, Block]:
-    """The layouts of `layernorm_<name>` for each gate that is given by its name there."""
+    """The layouts of `layernorm_<name>`, for `gates` that map icefall's names to Festina's."""
     return {
         f"layernorm_{name}.{part}": Block(ours, gate)
         for name, gate in gates.items()
@@ -47,7 +47,7 @@ def layer_norm_lstm_cell(eps: float = 1e-5) -> Table:
 
 
 def layer_norm_gru_cell(eps: float = 1e-5) -> Table:
-    """LayerNormGRUCell, LayerNormGRULayer, LayerNormGRU. Its input gate is z.
+    """LayerNormGRUCell, LayerNormGRULayer, LayerNormGRU. icefall's input gate is z.
 
     Args:
         eps: the eps of its nn.LayerNorm.

@@ -1,6 +1,6 @@
 """Keras and TensorFlow Addons: kernels [in, out], LSTM gates i f c o, GRU gates z r h.
 
-The names are those of a layer's variables after its scope; `forward_`/`backward_` layers of a Bidirectional are found too.
+Names are those of a layer's variables without its scope; the `forward_`/`backward_` layers of a Bidirectional are read too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def gru(reset_after: bool = True) -> Table:
     """keras.layers.GRU with its default activations.
 
     Args:
-        reset_after: what it was built with; False (Keras' default before 2.0) resets h before the product.
+        reset_after: its reset_after; False (Keras' default before 2.0) resets h before the product.
     """
     bias = stack("bias_ih", "bias_hh") if reset_after else Block("bias_ih", fold="bias_hh")
     scopes = ("{key}", "gru_cell/{key}", "{side}_gru/{key}", "{side}_gru/gru_cell/{key}")

@@ -1,7 +1,7 @@
-"""How a foreign tensor is laid out in terms of our parameters: blocks, side by side, stacked or transposed.
+"""The layout of a foreign tensor in terms of Festina's parameters: blocks, concatenated, stacked or transposed.
 
-A layout is read in both directions: `split` takes a foreign tensor apart into blocks, `join` puts it together from them. Both
-are torch operations that autograd follows.
+A layout works in both directions: `split` divides a foreign tensor into blocks, `join` composes it from them. Both are torch
+operations, so autograd works through them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 class Layout(ABC):
-    """What a foreign tensor is made of."""
+    """The composition of a foreign tensor."""
 
     @abstractmethod
     def blocks(self) -> Iterator[Block]:
@@ -29,7 +29,7 @@ class Layout(ABC):
 
     @abstractmethod
     def split(self, tensor: Tensor, size: Callable[[Block], Shape]) -> Iterator[tuple[Block, Tensor]]:
-        """Each block with its part of a foreign tensor."""
+        """Each block with its part of the foreign tensor."""
 
     @abstractmethod
     def join(self, get: Callable[[Block], Tensor]) -> Tensor:
@@ -38,15 +38,16 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class Block(Layout):
-    """One of our parameters, or some of its gates.
+    """One of Festina's parameters, or some of its gates.
 
     Args:
-        name: the parameter, as `LayerSpec.parameter_shapes` names it.
-        gates: the gates, a letter each, in the order of the foreign tensor; empty: all of them, in the table's order.
-        plus: what the project adds to the tensor before it is used: ours is theirs + plus.
+        name: the parameter, as in `LayerSpec.parameter_shapes`.
+        gates: the gates, one letter each, in the order of the foreign tensor; empty: all gates, in the table's order.
+        plus: a constant that the project adds before use: Festina's value is the stored value + plus.
         plus_gates: the gates that `plus` is added to; empty: all.
-        fold: another of our parameters with the same effect, which the project has not: 0 when loaded, added in when dumped.
-        unused: the project stores this and never reads it. It is not loaded; dumped, it is `plus` everywhere.
+        fold: another of Festina's parameters with the same effect, which the project lacks: 0 on load, added to this one on
+            dump.
+        unused: the project stores this block but never reads it. `load` skips it, `dump` fills it with `plus`.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Block(Layout):
 
 @dataclass(frozen=True)
 class Flip(Layout):
-    """A matrix, transposed: projects that compute x @ W store [in, out]."""
+    """A transposed matrix: projects that compute x @ W store [in, out]."""
 
     part: Layout
 
@@ -90,7 +91,7 @@ class Flip(Layout):
 
 @dataclass(frozen=True)
 class Join(Layout):
-    """Layouts one after the other along an axis: 0 for rows, 1 for columns."""
+    """Layouts concatenated along an axis: 0 for rows, 1 for columns."""
 
     axis: int
     parts: tuple[Layout, ...]
@@ -113,7 +114,7 @@ class Join(Layout):
 
 @dataclass(frozen=True)
 class Stack(Layout):
-    """Layouts of one shape, each a slice of a new first axis."""
+    """Layouts of one shape, stacked along a new first axis."""
 
     parts: tuple[Layout, ...]
 
@@ -131,11 +132,11 @@ class Stack(Layout):
 
 
 Described = str | Layout
-"""A layout, or the name of a parameter that stands there as it is."""
+"""A layout, or the name of a parameter that is stored unchanged."""
 
 
 def layout(part: Described) -> Layout:
-    """The layout that is described."""
+    """The layout of a description."""
     return Block(part) if isinstance(part, str) else part
 
 
@@ -144,20 +145,20 @@ def _all(parts: Sequence[Described]) -> tuple[Layout, ...]:
 
 
 def rows(*parts: Described) -> Layout:
-    """Parts below each other."""
+    """Parts concatenated by rows."""
     return Join(0, _all(parts))
 
 
 def columns(*parts: Described) -> Layout:
-    """Parts beside each other."""
+    """Parts concatenated by columns."""
     return Join(1, _all(parts))
 
 
 def stack(*parts: Described) -> Layout:
-    """Parts along a new first axis."""
+    """Parts stacked along a new first axis."""
     return Stack(_all(parts))
 
 
 def flip(part: Described) -> Layout:
-    """A part, transposed."""
+    """A transposed part."""
     return Flip(layout(part))

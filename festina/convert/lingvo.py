@@ -1,7 +1,7 @@
-"""Lingvo (lingvo/core/rnn_cell.py): one kernel, the rows of x above those of m, our h.
+"""Lingvo (lingvo/core/rnn_cell.py): one kernel, the rows of x above those of m, which is Festina's h.
 
-Its gates are i_i (our g), i_g (our i), f_g, o_g. `w_proj` is there with num_hidden_nodes. Its zo_prob is both our zoneout and
-our zoneout_cell. Coupled input and forget gates, and an output without tanh, make other cells.
+Its gates are i_i (Festina's g), i_g (Festina's i), f_g, o_g. `w_proj` exists with num_hidden_nodes. Its zo_prob sets both
+zoneout and zoneout_cell. Coupled input and forget gates, or an output without tanh, make other cells.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def simple(eps: float = 1e-8, forget_gate_bias: float = 0.0, cell_value_cap: flo
 
     Args:
         eps: its layer_norm_epsilon.
-        forget_gate_bias: what it was built with; the checkpoint does not hold it.
-        cell_value_cap: the bound of c; None for none, which more backends run.
+        forget_gate_bias: its forget_gate_bias, which the checkpoint does not hold.
+        cell_value_cap: the bound of c; None: no bound, which more backends can run.
     """
     return Table(
         LSTM,
@@ -39,13 +39,13 @@ def lean(
     cell_value_cap: float | None = None,
     enable_lstm_bias: bool = False,
 ) -> Table:
-    """LayerNormalizedLSTMCellLean: it stores gains less 1.
+    """LayerNormalizedLSTMCellLean. It stores gains minus 1.
 
     Args:
         eps: its layer_norm_epsilon.
-        enable_ln_on_c: whether c is normalised for the output.
-        cell_value_cap: the bound of c; None for none.
-        enable_lstm_bias: whether there is a `b`, which is added after the norms.
+        enable_ln_on_c: normalise c for the output.
+        cell_value_cap: the bound of c; None: no bound.
+        enable_lstm_bias: the cell has a bias `b`, added after the norms.
     """
     norms: dict[str, Described] = {"b": "bias_joint"} if enable_lstm_bias else {}
     for name, gate in _GATES.items():

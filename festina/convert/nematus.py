@@ -1,7 +1,7 @@
-"""The GRU that Ba et al. published (ryankiros/layer-norm, layers.py) and that Nematus took over (nematus/layers.py).
+"""The GRU that Ba et al. published (ryankiros/layer-norm, layers.py) and that Nematus adopted (nematus/layers.py).
 
-Kernels are [in, out]; the gates r and u, our z, stand in one tensor and the candidate in another. The names are those of the
-Theano parameters after `encoder_` and the like, which is the `prefix`.
+Kernels are [in, out]; one tensor holds the gates r and u (Festina's z), another the candidate. Names are those of the Theano
+parameters without the `prefix`, such as `encoder_`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from festina.spec import GRU
 
 
 def _lngru(norm: str) -> Table:
-    """`norm` stands before the names b1 to b4 and s1 to s4 of the norms."""
+    """The table, with `norm` as the prefix of the norms' names b1 to b4 and s1 to s4."""
     return Table(
         GRU,
         LNGRU,

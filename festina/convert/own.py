@@ -1,4 +1,4 @@
-"""Our own state dicts: the norm plan stands in them, so they become a layer without being told which."""
+"""Festina's own state dicts. They hold the norm plan, so no option has to name it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gru() -> Table:
 
 
 def indrnn(nonlinearity: str = "tanh") -> Table:
-    """`festina.IndRNN`, `LayerNormIndRNN`, and their cells, of this nonlinearity, which the state dict does not say."""
+    """`festina.IndRNN`, `LayerNormIndRNN`, and their cells, with this nonlinearity, which the state dict does not hold."""
     return _own(indrnn_spec(nonlinearity))
 
 

@@ -1,4 +1,4 @@
-"""Eclectic-Sheep/sheeprl, sheeprl/models/models.py: the GRU of its Dreamers, gates reset, candidate, update."""
+"""Eclectic-Sheep/sheeprl, sheeprl/models/models.py: the GRU of its Dreamer agents, gates reset, candidate, update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def layer_norm_gru_cell(eps: float = 1e-3, order: str = "hx") -> Table:
     """LayerNormGRUCell; without a bias (DreamerV3) the plan is `DREAMER`, with one (DreamerV2) `DREAMER_V2`.
 
     Args:
-        eps: the eps of its layer norm: 1e-3 in DreamerV3's configuration, 1e-5 where none is given.
+        eps: the eps of its layer norm: 1e-3 in DreamerV3's configuration, 1e-5 by default.
         order: which columns of the linear layer come first, those of h (`hx`) or those of x (`xh`).
     """
     return Table(

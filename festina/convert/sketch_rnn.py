@@ -9,10 +9,10 @@ from festina.spec import LSTM
 
 
 def layer_norm_lstm_cell(forget_bias: float = 1.0) -> Table:
-    """LayerNormLSTMCell. Its state is h and c side by side, ours the pair (h, c).
+    """LayerNormLSTMCell. Its state is [h, c] in one tensor, Festina's the pair (h, c).
 
     Args:
-        forget_bias: what it was built with; the checkpoint does not hold it.
+        forget_bias: its forget_bias, which the checkpoint does not hold.
     """
     return Table(
         LSTM,

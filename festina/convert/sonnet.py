@@ -9,11 +9,11 @@ from festina.spec import LSTM
 
 
 def lstm(eps: float = 1e-5, forget_bias: float = 1.0, layer_norm: bool = True) -> Table:
-    """LSTM without peepholes, clips and projection.
+    """LSTM without peepholes, clipping and projection.
 
     Args:
         eps: the eps of its snt.LayerNorm.
-        forget_bias: what it was built with; the checkpoint does not hold it.
+        forget_bias: its forget_bias, which the checkpoint does not hold.
         layer_norm: its use_layer_norm.
     """
     shift = Block("bias_joint" if layer_norm else "bias_ih", plus=forget_bias, plus_gates="f")

@@ -1,4 +1,4 @@
-"""TensorFlow 1's tf.contrib.rnn: one kernel, the rows of x above those of h, gates i j f o, one norm a gate."""
+"""TensorFlow 1's tf.contrib.rnn: one kernel, the rows of x above those of h, gates i j f o, one norm per gate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def layer_norm_basic_lstm_cell(eps: float = 1e-12, forget_bias: float = 1.0) -> 
 
     Args:
         eps: the eps of contrib.layers.layer_norm: 1e-12, in float16 1e-3.
-        forget_bias: what it was built with; the checkpoint does not hold it.
+        forget_bias: its forget_bias, which the checkpoint does not hold.
     """
     return Table(
         LSTM,

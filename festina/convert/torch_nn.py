@@ -1,4 +1,4 @@
-"""PyTorch's torch.nn: our plain layers have its names, shapes and gate order, so every layout is the identity."""
+"""PyTorch's torch.nn: plain layers have its names, shapes and gate order, so every layout is the identity."""
 
 from __future__ import annotations
 

@@ -8,11 +8,11 @@ from festina.spec import LSTM
 
 
 def custom_lstm(eps: float = 1e-5, layer_norm: bool = True) -> Table:
-    """_CustomLSTM, alone or in the predictor's `lstm_layers.0.`.
+    """_CustomLSTM, alone or under the predictor's `lstm_layers.0.`.
 
     Args:
         eps: its layer_norm_epsilon; 1e-3 in emformer_rnnt_base and so in the EMFORMER_RNNT_* bundles.
-        layer_norm: what it was built with.
+        layer_norm: its layer_norm.
     """
     norm = {
         "g_norm.weight": "gain_joint",

@@ -1,10 +1,10 @@
 """Train a character language model with torch.nn.LSTM, festina.LSTM and festina.LayerNormLSTM, side by side.
 
 All start from the same seed and take the same steps on the same batches of real text: the source of Python's standard
-library, or --text FILE. At the end stand a table, demo.json with every figure and its conditions, demo.png with the
+library, or --text FILE. The run ends with a table, demo.json with every figure and its conditions, demo.png with the
 curves, and a sample of text.
 
-Ctrl-C ends the run after the step in progress, saves all of that for the steps done, and exits with code 130.
+Ctrl-C ends the run after the step in progress, saves all of these for the steps done, and exits with code 130.
 Under torchrun (torchrun --nproc-per-node 2 -m festina demo) the processes share every batch, with the same result.
 """
 
@@ -25,7 +25,7 @@ INTERRUPTED = 130
 
 
 def positive(value: str) -> int:
-    """An option that counts something."""
+    """Parse an integer of at least 1."""
     number = int(value)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -33,7 +33,7 @@ def positive(value: str) -> int:
 
 
 def rate(value: str) -> float:
-    """The learning rate."""
+    """Parse a learning rate: finite and greater than 0."""
     number = float(value)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"must be greater than 0, got {value}")
@@ -41,21 +41,23 @@ def rate(value: str) -> float:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", type=Path, metavar="FILE", help="train on this UTF-8 text instead")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="train on this UTF-8 text instead of the standard library"
+    )
     parser.add_argument(
         "--models",
         nargs="+",
         choices=model.LAYERS,
         default=list(model.DEFAULT),
         metavar="MODEL",
-        help=f"what to compare, of {', '.join(model.LAYERS)} (default: {' '.join(model.DEFAULT)})",
+        help=f"models to compare, of {', '.join(model.LAYERS)} (default: {' '.join(model.DEFAULT)})",
     )
     for name, default, what in (
         ("steps", 600, "training steps"),
         ("hidden", 128, "hidden size H"),
         ("layers", 1, "recurrent layers"),
-        ("batch", 64, "rows B of a batch, over all processes"),
-        ("length", 32, "steps T of a window; the state is carried on to the next one"),
+        ("batch", 64, "batch size B, over all processes"),
+        ("length", 32, "steps T per window; the state is carried to the next window"),
     ):
         parser.add_argument(
             f"--{name}", type=positive, default=default, metavar="N", help=f"{what} (default: {default})"
@@ -63,15 +65,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lr", type=rate, default=1e-2, metavar="X", help="Adam's learning rate (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every model's start (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of every model (default: 0)")
     parser.add_argument("--device", default="cpu", help="for example cuda (default: cpu)")
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: as torch chooses)")
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="where results go (default: here)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads (default: torch's choice)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(), metavar="DIR", help="results folder (default: the current one)"
+    )
     parser.add_argument(
         "--checkpoint",
         type=Path,
         metavar="PATH",
-        help="go on from this file if it is there, and write it at every validation and at the end",
+        help="resume from this file if it exists, and write it at every validation and at the end",
     )
 
 
@@ -91,11 +95,18 @@ def run(args: argparse.Namespace) -> int:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {args.out} cannot be made a folder: {error.strerror}") from None
+        raise UsageError(f"--out {args.out} must be a folder, and cannot be created: {error.strerror}") from None
 
     corpus = text.from_file(args.text) if args.text else text.standard_library()
     settings = Settings(
-        tuple(args.models), args.steps, args.hidden, args.layers, args.batch, args.length, args.lr, args.seed
+        models=tuple(args.models),
+        steps=args.steps,
+        hidden=args.hidden,
+        layers=args.layers,
+        batch=args.batch,
+        length=args.length,
+        lr=args.lr,
+        seed=args.seed,
     )
     with world.join() as here:
         if args.batch % here.size:
@@ -111,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def race_to_the_end(race: Race, checkpoint: Path | None) -> None:
-    """Run what is left of the race, watched; end early where the user asks for it."""
+    """Run the rest of the race with a live view; end early if the user interrupts."""
     from rich.console import Console
     from rich.live import Live
 
@@ -126,7 +137,7 @@ def race_to_the_end(race: Race, checkpoint: Path | None) -> None:
         try:
             while not race.is_finished:
                 race.round()
-                # All processes end at the same step: the one that was told tells the others.
+                # All processes end at the same step: the one that got the signal tells the others.
                 if sum(race.world.mean([float(interrupt.asked)])):
                     break
                 if race.validates_at(race.done):
@@ -141,7 +152,7 @@ def race_to_the_end(race: Race, checkpoint: Path | None) -> None:
 
 
 def write(race: Race, out: Path) -> None:
-    """Save the picture and the figures, then show the end of the run."""
+    """Save the picture and the figures, then print the results."""
     from rich.console import Console
 
     from festina.cli.demo import picture, report
@@ -156,7 +167,7 @@ def write(race: Race, out: Path) -> None:
 
 
 def generated(race: Race) -> dict[str, str] | None:
-    """A sample from the last model that can be streamed."""
+    """Text generated by the last model that has cells."""
     for racer in reversed(race.racers):
         made = model.sample(
             racer.model, race.corpus.characters, race.corpus.prompt, length=400, seed=race.settings.seed

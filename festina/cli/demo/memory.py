@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak, beyond what was held before it."""
+"""Peak memory of a piece of work, beyond what was held before it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
-    """Do the work and say its peak. None where the system does not tell: on a processor only Linux does."""
+    """Do the work and return its peak in bytes; None if the system does not report it: for the CPU only Linux does."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         allocated = torch.cuda.memory_allocated(device)
@@ -27,10 +27,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _start_peak() -> int | None:
-    """Set the kernel's high-water mark back to what is resident now, and return that."""
+    """Reset the kernel's high-water mark to the resident memory, and return that in bytes."""
     try:
-        # Memory that is idle but was not handed back would be used again without showing: hand it back now. A backend
-        # that keeps buffers for later frees them in `release_memory`, glibc in malloc_trim.
+        # Work that reuses idle memory would not raise the mark, so release that memory now. A backend that keeps buffers
+        # frees them in `release_memory`, glibc in malloc_trim.
         for name in backends.names():
             getattr(backends.get(name), "release_memory", bool)()
         ctypes.CDLL(None).malloc_trim(0)

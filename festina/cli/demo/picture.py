@@ -1,4 +1,4 @@
-"""demo.png: what every model had learnt, against the steps it took and against the seconds they cost."""
+"""demo.png: validation curves of every model against training steps and against training seconds."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from festina.cli.demo.model import LAYERS
 from festina.cli.demo.report import crossings
 from festina.cli.demo.training import Race
 
-# Okabe and Ito's colours, which stay apart for every kind of colour vision; beside them the lines differ in kind.
-# Where two curves are one, the wide pale line of the first shows on both sides of the second.
+# Okabe and Ito's colours, which differ for every kind of colour vision; line styles differ as well.
+# If two curves coincide, the wide pale line of the first shows on both sides of the second.
 STYLES = (
     {"color": "#56B4E9", "linewidth": 5.0, "linestyle": "-"},
     {"color": "#0B3C5D", "linewidth": 1.6, "linestyle": (0, (4, 2))},
@@ -28,14 +28,14 @@ GREY = "#5A5A5A"
 
 
 def draw(race: Race, path: Path) -> None:
-    """Write the picture. With nothing validated yet, the axes are empty."""
+    """Write the picture. Before the first validation, the axes are empty."""
     with matplotlib.rc_context(
         {"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False}
     ):
         figure = Figure(figsize=(10, 4.4), dpi=160, layout="constrained")
         by_step, by_time = figure.subplots(1, 2, sharey=True)
         for racer in race.racers:
-            style = STYLES[list(LAYERS).index(racer.name)]  # a model looks the same in every picture
+            style = STYLES[list(LAYERS).index(racer.name)]  # each model has the same style in every picture
             clock = [0.0, *accumulate(racer.record.step_seconds)]
             steps, bits = racer.record.validation_steps, racer.record.validation_bits
             by_step.plot(steps, bits, label=racer.name, solid_capstyle="round", **style)
@@ -53,7 +53,7 @@ def draw(race: Race, path: Path) -> None:
 
 
 def mark_goal(race: Race, axes: Axes) -> None:
-    """A line at what the first model ended with, and where the last one first met it."""
+    """Draw a line at the first model's last value, and a mark where the last model first reached it."""
     found = [crossing for crossing in crossings(race) if crossing["model"] == race.racers[-1].name]
     if not found or found[0]["step"] is None or len(race.racers[0].record.validation_steps) < 3:
         return

@@ -1,4 +1,4 @@
-"""The figures of a run, with their conditions: as data for demo.json, and in words and tables for the terminal."""
+"""The figures of a run with their conditions: as data for demo.json, as text and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from festina.cli.demo.training import CLIP, Race, Racer, crossing
 from festina.cli.info import processor
 
 QUARTERS = (25, 50, 75, 100)
-"""The parts of the run, in per cent of the steps, at which the table shows the validation."""
+"""The columns of the table: validation at these percentages of the steps."""
 
 SAME = 0.005
-"""Curves closer than this, in bits, are called the same: rounding alone drives them apart by less."""
+"""Curves closer than this, in bits, count as the same: rounding alone separates them by less."""
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def figures(race: Race, sample: dict[str, str] | None) -> dict[str, Any]:
-    """What demo.json holds."""
+    """The content of demo.json."""
     return {
         "finished": race.is_finished,
         "steps_done": race.done,
@@ -59,7 +59,7 @@ def figures(race: Race, sample: dict[str, str] | None) -> dict[str, Any]:
 
 
 def model_figures(race: Race, racer: Racer) -> dict[str, Any]:
-    """The figures of one model; what could not be measured is null."""
+    """The figures of one model; None for what could not be measured."""
     record = racer.record
     ms = record.ms_per_step
     return {
@@ -86,7 +86,7 @@ def at_percent(race: Race, racer: Racer, percent: int) -> float | None:
 
 
 def crossings(race: Race) -> list[dict[str, Any]]:
-    """For every other model, the step at which it reached what the first one had at its last validation."""
+    """For every other model, the step at which it reached the first model's last validation value."""
     first, *others = race.racers
     if len(first.record.validation_bits) < 2:
         return []
@@ -102,13 +102,13 @@ def crossings(race: Race) -> list[dict[str, Any]]:
 
 
 def largest_difference(one: Racer, other: Racer) -> float:
-    """How far two validation curves are apart where they are farthest."""
+    """The largest difference between two validation curves."""
     pairs = zip(one.record.validation_bits, other.record.validation_bits, strict=True)
     return max((abs(a - b) for a, b in pairs), default=0.0)
 
 
 def crossing_lines(race: Race) -> list[str]:
-    """The crossings in words; a model that takes the same course as the first is said to."""
+    """The crossings in words, or that a model has the same curve as the first."""
     lines = []
     for racer, found in zip(race.racers[1:], crossings(race)):
         first = race.racers[0]
@@ -123,7 +123,7 @@ def crossing_lines(race: Race) -> list[str]:
 
 
 def heading(race: Race) -> str:
-    """What is run, in a few lines."""
+    """A summary of the run in a few lines."""
     s, threads = race.settings, torch.get_num_threads()
     backends = ", ".join(f"{racer.name} by {backend_of(racer.model, race.device)}" for racer in race.racers)
     processes = f", {race.world.size} processes" if race.world.size > 1 else ""
@@ -138,12 +138,12 @@ def heading(race: Race) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A figure for a table, or a dash where there is none."""
+    """A figure for a table, or a dash for None."""
     return "–" if value is None else format(value, form)
 
 
 def live(race: Race) -> RenderableType:
-    """The view while the race is on."""
+    """The view during the race."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("model")
     for name in ("bits per character", "held out", "ms a step", "seconds"):
@@ -174,14 +174,14 @@ def live(race: Race) -> RenderableType:
 
 
 def remaining(race: Race) -> str:
-    """How long the rest will take, from the median steps so far."""
+    """The remaining time, estimated from the median step times so far."""
     ms = sum(racer.record.ms_per_step or 0.0 for racer in race.racers)
     seconds = round(ms / 1e3 * (race.settings.steps - race.done))
     return f"{seconds // 60}:{seconds % 60:02d} to go" if race.done else ""
 
 
 def sparkline(values: list[float]) -> str:
-    """A curve in one line of text, from its greatest value to its least.
+    """A curve in one line of text, scaled to its range.
 
     >>> sparkline([4.0, 3.0, 2.5, 2.0])
     '█▄▂▁'
@@ -216,7 +216,7 @@ def final(race: Race) -> Table:
 
 
 def show(console: Console, race: Race, sample: dict[str, str] | None) -> None:
-    """Print the end of a run."""
+    """Print the results of a run."""
     console.print(final(race))
     for text in crossing_lines(race):
         console.print(text, soft_wrap=True)

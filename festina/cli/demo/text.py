@@ -1,4 +1,4 @@
-"""Text as numbers: where it comes from, what is held out, and the batches that every model sees."""
+"""Text as numbers: its source, the held-out part, and the batches that every model sees."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from festina.cli import UsageError
 
 HELD_OUT = 0.05
-"""The part of the text that no model trains on."""
+"""The share of the text that is held out from training."""
 
 MOST_CHARACTERS = 1000
-"""A character beyond this many, or one that is met fewer than `RARE` times in training, becomes `UNKNOWN`."""
+"""Largest number of known characters. Others, and those that occur fewer than `RARE` times in training, become `UNKNOWN`."""
 
 RARE = 10
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
@@ -29,12 +29,12 @@ class Corpus:
     """A text, split and encoded.
 
     Args:
-        name: where it comes from.
-        sha256: of the whole text, so that two runs can tell whether they read the same.
+        name: its source.
+        sha256: hash of the whole text, to check that two runs read the same text.
         characters: the vocabulary; character k has number k, and `UNKNOWN` has number 0.
         train: numbers of the training text, `[N]` int64.
         validation: numbers of the held-out text.
-        prompt: what the generated sample begins with.
+        prompt: the start of the generated sample.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Corpus:
         )
 
     def conditions(self) -> dict[str, object]:
-        """What a figure has to name about its text."""
+        """The facts about the text that belong to every figure."""
         return {
             "name": self.name,
             "sha256": self.sha256,
@@ -84,14 +84,14 @@ def encode(text: str, characters: str) -> Tensor:
 
 
 def standard_library() -> Corpus:
-    """The source of Python's own standard library: its top-level modules, a few whole modules held out.
+    """The source of Python's standard library: its top-level modules, a few whole modules held out.
 
-    The order is that of a hash of the names: mixed, and the same on every machine with the same Python.
+    Modules are ordered by a hash of their names: mixed, and the same on every machine with the same Python.
     """
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(folder.glob("*.py"), key=lambda path: hashlib.sha256(path.name.encode()).digest())
     if not files:
-        raise UsageError(f"there is no standard library source in {folder}; give a text of your own with --text FILE")
+        raise UsageError(f"{folder} must hold the standard library's source, but has no .py file; give --text FILE")
     texts = [path.read_text("utf-8", errors="replace") for path in files]
     total, held, count = sum(map(len, texts)), 0, 0
     while held < HELD_OUT * total:
@@ -102,7 +102,7 @@ def standard_library() -> Corpus:
 
 
 def from_file(path: Path) -> Corpus:
-    """A text file in UTF-8; its end is held out, and the sample begins with the first held-out line."""
+    """A UTF-8 text file; its end is held out, and the sample begins with the first held-out line."""
     try:
         text = path.read_text("utf-8")
     except OSError as error:
@@ -114,11 +114,11 @@ def from_file(path: Path) -> Corpus:
 
 
 class Windows:
-    """A text as `rows` parallel streams, cut into windows of `length` steps that follow one another.
+    """A text as `rows` parallel streams, cut into consecutive windows of `length` steps.
 
-    Window k is a pair of inputs and targets `[length, rows]`, the targets one character ahead. A state carried from
-    one window to the next goes on in the same text; at window 0 every stream begins. The streams are spread over the
-    whole text; `most` limits how many characters of them are read, to about that many.
+    Window k is a pair of inputs and targets `[length, rows]`, the targets one character ahead. Each row continues in the
+    next window, so the state can be carried over; at window 0 every stream begins. The streams are spread over the whole
+    text; about `most` characters of them are read in all.
     """
 
     def __init__(self, numbers: Tensor, rows: int, length: int, most: int | None = None) -> None:

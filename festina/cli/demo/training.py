@@ -1,7 +1,9 @@
-"""The race: every model takes the same step on the same batch, one after the other, round by round.
+"""The race: in each round every model takes one training step on the same batch.
 
-Side by side, a busy machine slows all of them alike, and the curves can be watched as they part. A model's seconds are
-those of its own steps; validation and the other models are not in them.
+Because the models take turns, a busy machine slows all of them alike, and the curves can be compared during the run. A
+model's seconds are those of its own training steps, without validation and the other models.
+
+A step is a training step in this file; a step of time is one character of a window.
 """
 
 from __future__ import annotations
@@ -29,21 +31,21 @@ from festina.cli.demo.text import Corpus, Windows
 from festina.cli.demo.world import World
 
 CLIP = 1.0
-"""The gradient norm that every model's gradients are scaled down to."""
+"""The gradient norm that every model's gradients are clipped to."""
 
 VALIDATIONS = 20
-"""How often the held-out text is read in a run, at equal distances. A multiple of 4: the quarters are among them."""
+"""Number of validations in a run, evenly spaced. A multiple of 4, so that the quarters are among them."""
 
 VALIDATION_CHARACTERS = 20_000
-"""How much of it is read: bits per character to about 0.02, and the same text for every model and every time."""
+"""About as many held-out characters are read each time, the same for every model: bits per character to about 0.02."""
 
 MEMORY_STEPS = (3, 4, 5)
-"""The steps whose memory is measured: the optimiser has its state by then. Their greatest peak counts."""
+"""The steps whose memory is measured: the optimiser has its state by then. Their highest peak is reported."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What shapes the numbers of a run: two runs with equal settings on one machine give the same curves."""
+    """Everything that determines the curves: two runs with equal settings on one machine give the same ones."""
 
     models: tuple[str, ...]
     steps: int
@@ -57,7 +59,7 @@ class Settings:
 
 @dataclass
 class Record:
-    """What one model has done so far. Every list has one entry a step, except the `validation` ones."""
+    """The history of one model. Every list has one entry per step, except the `validation` ones."""
 
     bits: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -67,12 +69,12 @@ class Record:
 
     @property
     def ms_per_step(self) -> float | None:
-        """The median: the first steps, and those the machine was busy in, do not move it."""
+        """The median, which slow first steps and a busy machine hardly move."""
         return 1e3 * statistics.median(self.step_seconds) if self.step_seconds else None
 
 
 class Racer:
-    """One model with its optimiser, the state it carries from window to window, and its record."""
+    """One model with its optimiser, the state carried from window to window, and its record."""
 
     def __init__(self, name: str, settings: Settings, characters: int, device: torch.device, world: World) -> None:
         torch.manual_seed(settings.seed)
@@ -84,7 +86,7 @@ class Racer:
         self.record = Record()
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
-        """One training step on this process's rows `[T, B]`; the loss in bits per character."""
+        """Take one training step on this process's rows `[T, B]` and return the loss in bits per character."""
         start = time.perf_counter()
         scores, state = self.parallel(inputs, self.state)
         loss = F.cross_entropy(scores.flatten(0, 1), targets.flatten())
@@ -93,12 +95,12 @@ class Racer:
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.state = map_state(Tensor.detach, state)
-        bits = loss.item() / math.log(2)  # waits for the device, so the time is that of the work
+        bits = loss.item() / math.log(2)  # waits for the device, so that its work is timed
         self.record.step_seconds.append(time.perf_counter() - start)
         return bits
 
     def measured_step(self, inputs: Tensor, targets: Tensor) -> float:
-        """`step`, with a look at its memory."""
+        """`step`, with its peak memory recorded."""
         bits: list[float] = []
         peak = peak_bytes(lambda: bits.append(self.step(inputs, targets)), self.device)
         if peak is not None:
@@ -107,7 +109,7 @@ class Racer:
 
     @torch.no_grad()
     def validate(self, windows: Windows) -> float:
-        """Bits per character on held-out text, read from its start with the state carried on."""
+        """Bits per character on held-out text, read from its start with the state carried over."""
         self.model.eval()
         state: State | None = None
         total = 0.0
@@ -119,7 +121,7 @@ class Racer:
         return self.world.mean([total / len(windows) / math.log(2)])[0]
 
     def save(self) -> dict[str, Any]:
-        """Everything that the next step depends on, the state of all rows, and the record."""
+        """Everything that the next step depends on, with the state of all rows, and the record."""
         state = () if self.state is None else self.state if isinstance(self.state, tuple) else (self.state,)
         return {
             "model": self.model.state_dict(),
@@ -129,7 +131,7 @@ class Racer:
         }
 
     def load(self, saved: dict[str, Any]) -> None:
-        """What `save` wrote, in a world of whatever size."""
+        """Restore what `save` returned, in a world of any size."""
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         parts = tuple(self.world.own(part).to(self.device) for part in saved["state"])
@@ -148,14 +150,14 @@ class Race:
         self.done = 0
 
     def warm_up(self) -> None:
-        """One step of every model on copies thrown away: what is done once in a process is in nobody's time."""
+        """One step of every model on a discarded copy, so that one-time costs of the process are not timed."""
         inputs, targets = (self.world.own(part).to(self.device) for part in self.train[0])
         for name in self.settings.models:
             Racer(name, self.settings, len(self.corpus.characters), self.device, self.world).step(inputs, targets)
 
     @property
     def validated_characters(self) -> int:
-        """How much held-out text a validation reads: whole windows of it."""
+        """Number of held-out characters that a validation reads, in whole windows."""
         return len(self.held_out) * self.settings.batch * self.settings.length
 
     @property
@@ -163,12 +165,12 @@ class Race:
         return self.done == self.settings.steps
 
     def validates_at(self, step: int) -> bool:
-        """True at `VALIDATIONS` steps spread evenly over the run, the last among them."""
+        """True at `VALIDATIONS` steps spread evenly over the run, including the last."""
         marks = VALIDATIONS * step // self.settings.steps
         return marks > VALIDATIONS * (step - 1) // self.settings.steps
 
     def round(self) -> None:
-        """One step of every racer, and their validation where it is due."""
+        """One step of every racer, and their validation if it is due."""
         window = self.done % len(self.train)
         inputs, targets = (self.world.own(part).to(self.device) for part in self.train[window])
         self.done += 1
@@ -188,7 +190,7 @@ class Race:
         return {**asdict(self.settings), "models": list(self.settings.models), "text": self.corpus.sha256}
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint. A crash in the middle leaves the old one in place."""
+        """Write a checkpoint. A crash during the write leaves the old one in place."""
         racers = {racer.name: racer.save() for racer in self.racers}
         if self.world.leads:
             unfinished = path.with_name(path.name + ".unfinished")
@@ -196,22 +198,22 @@ class Race:
             unfinished.replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on where a checkpoint stopped: the numbers are those of a run without a break.
+        """Resume from a checkpoint; the numbers are those of an uninterrupted run.
 
         Raises:
-            UsageError: it is no such checkpoint, or it was made under other settings or on another text.
+            UsageError: the file is no checkpoint of the demo, or has other settings or another text.
         """
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
             was, now = saved["conditions"], self._conditions()
             racers, done = saved["racers"], saved["done"]
-        except Exception as error:  # torch.load raises whatever the bytes lead it to
+        except Exception as error:  # on damaged files torch.load raises errors of many types
             raise UsageError(f"--checkpoint {path} is not a checkpoint of this demo: {error}") from None
         differing = [f"{key} was {was.get(key)}, is {now[key]}" for key in now if was.get(key) != now[key]]
         if differing:
             raise UsageError(
-                f"--checkpoint {path} belongs to another run: {'; '.join(differing)}. "
-                "Give the same options to go on with it, or another file to start anew"
+                f"--checkpoint {path} must be of a run with these settings, but {'; '.join(differing)}; "
+                "give the same options to resume it, or another file to start a new run"
             )
         self.done = done
         for racer in self.racers:
@@ -219,13 +221,13 @@ class Race:
 
 
 class Interrupt:
-    """Whether the user, or the system, has asked for an end. A second Ctrl-C ends at once."""
+    """Signal handler: `asked` becomes True when the user or the system asks for the end. A second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.asked = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        # Under torchrun the terminal and the launcher may both send the signal; there, twice means once.
+        # Under torchrun the terminal and the launcher may both send the signal, so a second one does not count.
         if self.asked and "WORLD_SIZE" not in os.environ:
             raise KeyboardInterrupt
         self.asked = True
@@ -233,7 +235,7 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Within it, Ctrl-C and SIGTERM are noted and not obeyed, so that no step is left half-done."""
+    """Context in which Ctrl-C and SIGTERM only set `Interrupt.asked`, so that the step in progress is completed."""
     interrupt = Interrupt()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, interrupt) for number in numbers]
@@ -245,7 +247,7 @@ def interruptible() -> Iterator[Interrupt]:
 
 
 def crossing(steps: Sequence[int], bits: Sequence[float], goal: float) -> float | None:
-    """The step at which a falling curve first meets `goal`, read between two validations on a straight line.
+    """The step at which a falling curve first reaches `goal`, interpolated linearly between two validations.
 
     >>> crossing([10, 20, 30], [4.0, 3.0, 2.0], 2.5)
     25.0

@@ -1,4 +1,4 @@
-"""One process or several: who holds which rows of the batch, and what they agree on."""
+"""One process or several: each process's rows of the batch, and the reductions over processes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class World:
-    """`size` processes that share every batch row by row; this one is number `rank`. Alone, nothing is sent."""
+    """`size` processes that split the rows of every batch; this one is number `rank`. A single process sends nothing."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def leads(self) -> bool:
-        """True in the one process that prints and writes."""
+        """True in the process that prints and writes."""
         return self.rank == 0
 
     def own(self, rows: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class World:
         return rows.chunk(self.size, 1)[self.rank].contiguous()
 
     def gather(self, own: Tensor) -> Tensor:
-        """All rows, from everybody's share of them."""
+        """All rows, gathered from the shares of all processes."""
         if self.size == 1:
             return own
         parts = [torch.empty_like(own) for _ in range(self.size)]
@@ -46,13 +46,13 @@ class World:
         return [float(value) for value in shared / self.size]
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """The module, its gradients averaged over the processes in backward."""
+        """The module, with gradients averaged over the processes in backward."""
         return module if self.size == 1 else DistributedDataParallel(module)
 
 
 @contextmanager
 def join() -> Iterator[World]:
-    """The world that torchrun has set up, or a world of one."""
+    """The world that torchrun set up, or a world of one process."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
