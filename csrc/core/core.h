@@ -13,17 +13,17 @@ template <class T> struct Core {
   Common common;
   ForwardBuffers<T> forward[2];
   BackwardBuffers<T> backward[2];
-  FestinaBytes bytes;
+  uint64_t panels_bytes, workspace_bytes;
   char* own_base;
   uint64_t own_bytes;
 
   // Places every buffer; the caller's null pointers make it a mere count.
   explicit Core(const FestinaCall& call) : call(call), kernels(kernels_for<T>(call)), s(shape_of<T>(call, kernels.traits)) {
     is_bfloat16 = call.type == FESTINA_BFLOAT16;
-    Arena work{(char*)call.workspace, 0}, packed{(char*)call.packed, 0}, saved{(char*)call.saved, 0};
+    Arena work{(char*)call.workspace, 0}, packed{(char*)call.panels, 0}, saved{(char*)call.saved, 0};
     common = take_common(work, s);
     published = take_published<T>(work, s);
-    if (call.pass != FESTINA_BACKWARD && !call.is_packed) row_sums = work.take<T>(s.mean_blocks() * sums_count());
+    if (call.pass != FESTINA_BACKWARD && !call.has_panels) row_sums = work.take<T>(s.mean_blocks() * sums_count());
     for (long d = 0; d < s.directions; ++d) {
       if (call.pass == FESTINA_BACKWARD)
         backward[d] = take_backward<T>(work, packed, saved, s, call, d);
@@ -33,7 +33,12 @@ template <class T> struct Core {
     own_base = work.base + work.used;
     own_bytes = own(0, Arena{nullptr, 0}).bytes;
     work.used += own_bytes * s.threads;
-    bytes = {packed.used, saved.used, work.used};
+    panels_bytes = packed.used, workspace_bytes = work.used;
+  }
+
+  FestinaBytes bytes() const {
+    uint64_t one = saved_bytes<T>(s, call, 1), per_row = (saved_bytes<T>(s, call, 1 + 16) - one) / 16;
+    return {panels_bytes, one + 7 * per_row, per_row, workspace_bytes};  // padded_rows(N) <= padded_rows(1) + N + 7
   }
 
   T* published;
@@ -132,7 +137,7 @@ template <class T> struct Core {
   }
 
   void run_forward(const Own& mine, const Part& part, long worker, long workers) const {
-    if (!call.is_packed) pack_forward(worker, workers);
+    if (!call.has_panels) pack_forward(worker, workers);
     for (long d = part.direction; !part.is_idle && d < part.end_direction; ++d)
       Forward<T>(call, s, kernels, part, mine.scratch, forward[d], common.starts, d).run();
   }
@@ -162,7 +167,7 @@ template <class T> struct Core {
       }
     pack_backward(worker, workers);
     wait(workers);
-    T* collected[max_threads][2];
+    T* collected[FESTINA_MOST_THREADS][2];
     for (long w = 0; w < s.threads; ++w)
       for (long d = 0; d < s.directions; ++d) collected[w][d] = own(w).d_vectors[d];
     Gradients<T> gradients{call, s, backward, common.stretches, collected, mine.scratch, mine.d_rows, workers, part.groups, 0, 0, true};

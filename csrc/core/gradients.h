@@ -196,10 +196,10 @@ template <class T> struct Gradients {
     // Both sides take the same gradient, save the last gate of a parted cell.
     auto shift_h = [&](int g) { return shift_of(s.traits.is_parted && g == gates - 1, g); };
     write_vector(to[FESTINA_BIAS_IH], d, gates, shift_x);
-    write_vector(to[FESTINA_BIAS], d, gates, shift_x);
+    write_vector(to[FESTINA_BIAS_JOINT], d, gates, shift_x);
     write_vector(to[FESTINA_BIAS_HH], d, gates, shift_h);
     write_vector(to[FESTINA_GAIN_IH], d, gates, gain(0));
-    write_vector(to[FESTINA_GAIN], d, gates, gain(0));
+    write_vector(to[FESTINA_GAIN_JOINT], d, gates, gain(0));
     write_vector(to[FESTINA_GAIN_HH], d, gates, gain(1));
     write_vector(to[FESTINA_GAIN_C], d, 1, [](int) { return gain_c; });
     write_vector(to[FESTINA_BIAS_C], d, 1, [](int) { return shift_c; });

@@ -121,8 +121,8 @@ template <class T> void pack_vectors(const Shape& s, const FestinaCall& call, co
     for (long j = 0; from && j < s.H; ++j) vector_at(p.vectors, which, j) += from.get(gate * s.H + j);
   };
   for (int g = 0; g < gates; ++g) {
-    put(is_joint ? FESTINA_GAIN : FESTINA_GAIN_IH, g, gain_of(0, g));
-    put(is_joint ? FESTINA_BIAS : FESTINA_BIAS_IH, g, shift_of(0, g));
+    put(is_joint ? FESTINA_GAIN_JOINT : FESTINA_GAIN_IH, g, gain_of(0, g));
+    put(is_joint ? FESTINA_BIAS_JOINT : FESTINA_BIAS_IH, g, shift_of(0, g));
     put(FESTINA_GAIN_HH, g, gain_of(1, g));
     put(FESTINA_BIAS_HH, g, shift_of(s.traits.sides - 1, g));  // where there is one sum, one shift serves it
   }

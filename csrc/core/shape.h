@@ -41,7 +41,6 @@ constexpr long cache_line = 64;
 constexpr int max_gates = 4;
 constexpr int sum_of_c = 2 * max_gates;  // sums that a step takes over a row: one for each side and gate, then two of c
 constexpr int max_sums = sum_of_c + 2;
-constexpr long max_threads = 256;
 constexpr long projected_rows = 128;     // steps are projected just before the recurrence needs them, about so many rows at once
 constexpr long rows_a_group = 32;        // fewer rows a thread: threads share rows and split the units
 constexpr long weights_a_thread = 3 << 19;  // bytes of recurrent weights: for each so many, one thread more shares the rows
@@ -166,6 +165,14 @@ template <class T> Saved<T> take_saved(Arena& arena, const Shape& s, bool has_zo
   saved.sums = arena.take<T>(s.sums_saved() * padded_rows(s.N));
   saved.means = take_means<T>(arena, s);
   return saved;
+}
+
+// Bytes that training leaves for backward after N packed steps: a constant and a multiple of padded_rows(N).
+template <class T> uint64_t saved_bytes(Shape s, const FestinaCall& call, long N) {
+  s.N = N;
+  Arena count{nullptr, 0};
+  for (long d = 0; d < s.directions; ++d) take_saved<T>(count, s, call.has_zoneout_cell);
+  return count.used;
 }
 
 }  // namespace ISA

@@ -24,12 +24,12 @@ namespace ISA {
 inline FestinaBytes bytes_float64(const FestinaCall& call) { return FLOAT64_OF::isa.bytes(call); }
 inline void run_float64(const FestinaCall& call, festina::Parallel parallel) { FLOAT64_OF::isa.run(call, parallel); }
 #else
-inline FestinaBytes bytes_float64(const FestinaCall& call) { return Core<double>(call).bytes; }
+inline FestinaBytes bytes_float64(const FestinaCall& call) { return Core<double>(call).bytes(); }
 inline void run_float64(const FestinaCall& call, festina::Parallel parallel) { run<double>(call, parallel); }
 #endif
 
 inline FestinaBytes bytes(const FestinaCall& call) {
-  return call.type == FESTINA_FLOAT64 ? bytes_float64(call) : Core<float>(call).bytes;
+  return call.type == FESTINA_FLOAT64 ? bytes_float64(call) : Core<float>(call).bytes();
 }
 
 inline void run_any(const FestinaCall& call, festina::Parallel parallel) {
