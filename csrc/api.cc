@@ -40,20 +40,20 @@ int check(const FestinaCall* call) {
 
 void parallel(long threads, void* context, void (*body)(void*, long, long)) {
   if (threads == 1) return body(context, 0, 1);
-  struct Team {
+  struct Job {
     void* context;
     void (*body)(void*, long, long);
-  } team{context, body};
-  auto member = [](void* data) {
-    Team* team = (Team*)data;
-    team->body(team->context, omp_get_thread_num(), omp_get_num_threads());
+  } job{context, body};
+  auto run = [](void* data) {
+    Job* job = (Job*)data;
+    job->body(job->context, omp_get_thread_num(), omp_get_num_threads());
   };
-  GOMP_parallel(member, &team, (unsigned)threads, 0);
+  GOMP_parallel(run, &job, (unsigned)threads, 0);
 }
 
 constexpr uint64_t odd = 0x9e3779b97f4a7c15;
 
-// Of all values of all parameters. Threads take blocks in turn; the sum of what the blocks give does not ask who took which.
+// A hash of all values of all parameters. Threads take blocks in turn, and the sum over blocks does not depend on the order.
 uint64_t digest_of_all(const FestinaCall* call, const FestinaSizes bytes) {
   constexpr uint64_t block = 128 << 10;
   struct Shared {
@@ -117,7 +117,7 @@ void festina_free(void* memory) { free(memory); }
 
 uint64_t festina_fingerprint(const FestinaCall* call, const FestinaSizes bytes, int is_whole) {
   constexpr uint64_t samples = 32;
-  constexpr int chains = 4;  // one alone would wait for itself at every value
+  constexpr int chains = 4;  // independent chains hide the latency of multiplying
   uint64_t mixed[chains] = {};
   auto mix = [&](int chain, uint64_t value) {
     mixed[chain] = (mixed[chain] ^ value) * odd;
@@ -125,11 +125,11 @@ uint64_t festina_fingerprint(const FestinaCall* call, const FestinaSizes bytes, 
   };
   for (int i = 0; i < 2 * FESTINA_PARAMETERS; ++i) {
     const char* tensor = (const char*)call->parameters[i / FESTINA_PARAMETERS][i % FESTINA_PARAMETERS];
-    uint64_t words = bytes[i / FESTINA_PARAMETERS][i % FESTINA_PARAMETERS] / 2, step = words / samples;
+    uint64_t words = bytes[i / FESTINA_PARAMETERS][i % FESTINA_PARAMETERS] / 2, stride = words / samples;
     mix(0, (uint64_t)tensor);
     for (uint64_t n = 0; tensor && !is_whole && n < samples && n < words; ++n) {
       uint16_t word;
-      memcpy(&word, tensor + (step ? n * step + ((n * odd >> 40) * step >> 24) : n) * 2, 2);  // one in each part
+      memcpy(&word, tensor + (stride ? n * stride + ((n * odd >> 40) * stride >> 24) : n) * 2, 2);  // one in each part
       mix(n % chains, word);
     }
   }
