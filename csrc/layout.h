@@ -30,12 +30,13 @@ inline const char* name_of(const char* kind, int64_t value) {
   return "unknown";
 }
 
-template <class Field> struct FieldType;  // only of the types that the layout has names for
-template <> struct FieldType<int64_t> { static constexpr const char* name = "i64"; };
-template <> struct FieldType<uint64_t> { static constexpr const char* name = "u64"; };
-template <> struct FieldType<double> { static constexpr const char* name = "f64"; };
-template <class To> struct FieldType<To*> { static constexpr const char* name = "pointer"; };
+template <class Field> constexpr const char* type_name = nullptr;
+template <> constexpr const char* type_name<int64_t> = "i64";
+template <> constexpr const char* type_name<uint64_t> = "u64";
+template <> constexpr const char* type_name<double> = "f64";
+template <class To> constexpr const char* type_name<To*> = "pointer";
 
+// An array of arrays as its elements and their number.
 template <class Field> struct Flat {
   using Element = Field;
   static constexpr int count = 1;
@@ -71,7 +72,9 @@ struct Layout {
   }
 
   template <class Field> void field(const char* of, const char* name, size_t offset) {
-    line("field %s %s %s %zu %d", of, name, FieldType<typename Flat<Field>::Element>::name, offset, Flat<Field>::count);
+    constexpr const char* type = type_name<typename Flat<Field>::Element>;
+    static_assert(type, "the layout has no name for this type");
+    line("field %s %s %s %zu %d", of, name, type, offset, Flat<Field>::count);
   }
 
   __attribute__((format(printf, 2, 3))) void line(const char* format, ...) {

@@ -8,9 +8,8 @@ namespace ISA {
 // Shared by all threads, of one direction. The recurrence goes back over a segment and leaves the factors of the gradients of
 // weights and input in slots, a row for each packed step; they are summed while the slots are still in the cache.
 template <class E> struct BackwardBuffers {
-  Panels<E> panels;  // of vectors alone
+  Panels<E> panels;  // of the transposed weights
   Saved<E> saved;
-  E *recurrent, *input, *projection;  // panels of the transposed weights
   Blocked<E> d_v[2], x, h_old, unprojected, d_h_projected;  // by slot
   Blocked<Two> pairs[2];                                    // by slot: d_v as the products with weights take it
   long* token_of;                                           // by slot
@@ -44,9 +43,9 @@ BackwardBuffers<E> take_backward(Arena& arena, Arena& panels, Arena& saved, cons
   b.panels = take_vectors<E>(panels, s);
   b.saved = take_saved<E>(saved, s, call.has_zoneout_cell);
   long depth = s.columns() * chunk<E>;
-  if (!s.traits.is_diagonal) b.recurrent = panels.take<E>(s.P_chunks * s.depth(depth) * chunk<E>);
-  b.input = panels.take<E>(s.I_chunks * s.depth(depth) * chunk<E>);
-  if (s.is_projected) b.projection = panels.take<E>(s.H_chunks * s.P_chunks * chunk<E> * chunk<E>);
+  if (!s.traits.is_diagonal) b.panels.recurrent = panels.take<E>(s.P_chunks * s.depth(depth) * chunk<E>);
+  b.panels.input = panels.take<E>(s.I_chunks * s.depth(depth) * chunk<E>);
+  if (s.is_projected) b.panels.projection = panels.take<E>(s.H_chunks * s.P_chunks * chunk<E> * chunk<E>);
   long slots = s.segment_slots();
   for (int side = 0; side < s.traits.sides; ++side) {
     b.d_v[side] = arena.take_blocked<E>(s.columns(), slots);
@@ -148,10 +147,6 @@ template <class E> struct Backward {
     }
   }
 
-  bool is_reset(long t, long r) const {
-    return call.resets && call.resets[order.d * s.N + order.token(t) + r];
-  }
-
   // The gradient of the cell's new state, from those of the output and of the next step's state. Copies x and the h that
   // the step started from to its slots.
   void finish_step_backward(long t, long slot) {
@@ -171,7 +166,7 @@ template <class E> struct Backward {
       else if (zone_h.is_active)
         zone_h.backward(now, first, end, b.d_h, b.d_h_new, row, row);
       if (s.traits.has_c && zone_c.is_active) zone_c.backward(now, first, end, b.d_c, b.d_c_new, row, row);
-      if (is_reset(t, r))
+      if (order.is_reset(call, t, r))
         clear_row(b.h_old, first_P, end_P, to);
       else if (r < before)
         output.read(place(order.token(t - 1) + r), s.P, first_P, end_P, b.h_old, to);
@@ -185,12 +180,12 @@ template <class E> struct Backward {
     long rows = order.rows(t), before = order.rows(t - 1), token = before > 0 ? order.token(t - 1) : 0;
     const Blocked<E>& kept = b.saved.carried.data ? b.saved.carried : b.saved.c;
     bool is_normed = !b.saved.carried.data && call.cell_norm == FESTINA_CARRIED, is_there = before >= rows && !is_normed;
-    for (long r = 0; r < rows && is_there; ++r) is_there = !is_reset(t, r);
+    for (long r = 0; r < rows && is_there; ++r) is_there = !order.is_reset(call, t, r);
     if (is_there) return from_row(kept, token);
     Tensor<E> c_0(call.c_0, call.type);
     for (long r = 0; r < rows; ++r) {
       long row = part.row + r;
-      if (is_reset(t, r))
+      if (order.is_reset(call, t, r))
         clear_row(b.c_old, first, end, row);
       else if (r >= before)
         c_0.read((order.d * s.B + row) * s.H, s.H, first, end, b.c_old, row);
@@ -254,7 +249,7 @@ template <class E> struct Backward {
       part.wait();
       Blocked<E> from = from_row(b.d_h_projected, slot);
       long panel = s.P_chunks * chunk<E> * chunk<E>;
-      multiply<E>({from.data, my.chunk_at, from.stride()}, rows, {b.projection + first * panel, panel}, end - first, s.P,
+      multiply<E>({from.data, my.chunk_at, from.stride()}, rows, {b.panels.projection + first * panel, panel}, end - first, s.P,
                   {p.d_h_new.at(first, 0), my.chunk_at, p.d_h_new.stride()}, false);
       recompute_h(p, slot);
     }
@@ -270,7 +265,7 @@ template <class E> struct Backward {
     else
       recurrent_product_backward(p, slot, prefetch_of(t - 1, rows));
     for (long r = 0; r < rows; ++r) {
-      if (!is_reset(t, r)) continue;
+      if (!order.is_reset(call, t, r)) continue;
       clear_row(b.d_h, first_P, end_P, part.row + r);
       if (s.traits.has_c) clear_row(b.d_c, first, end, part.row + r);
     }
@@ -293,7 +288,7 @@ template <class E> struct Backward {
       using F = typename decltype(left)::Element;
       if (from == stop) return;
       multiply<F>({left.data, my.chunk_at, left.stride()}, p.rows,
-                  {(const F*)b.recurrent + first_P * panel + from * chunk<F>, panel}, end_P - first_P, stop - from,
+                  {(const F*)b.panels.recurrent + first_P * panel + from * chunk<F>, panel}, end_P - first_P, stop - from,
                   {p.d_h.at(first_P, 0), my.chunk_at, p.d_h.stride()}, is_begun, {}, [&] { ahead(); });
       is_begun = true;
     };

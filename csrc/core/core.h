@@ -37,8 +37,8 @@ template <class E> struct Core {
   }
 
   FestinaBytes bytes() const {
-    uint64_t one = saved_bytes<E>(s, call, 1), per_row = (saved_bytes<E>(s, call, 1 + 16) - one) / 16;
-    return {panels_bytes, one + 7 * per_row, per_row, workspace_bytes};  // padded_rows(N) <= padded_rows(1) + N + 7
+    SavedBound saved = saved_bound<E>(s, call);
+    return {panels_bytes, saved.fixed, saved.per_row, workspace_bytes};
   }
 
   E* published;
@@ -143,8 +143,7 @@ template <class E> struct Core {
 
   void fill_backward_panels(long worker, long workers) const {
     for (long d = 0; d < s.directions; ++d) {
-      const BackwardBuffers<E>& b = backward[d];
-      Panels<E> p = b.panels;
+      Panels<E> p = backward[d].panels;
       if (d % workers == worker) fill_vectors(s, call, call.parameters[d], p);
       auto fill = [&](int which, bool is_paired, long rows, E* panels) {
         Weight<E> w = weight(d, which);
@@ -152,9 +151,9 @@ template <class E> struct Core {
         for (long n = worker; n < w.gates * rows; n += workers)
           fill_panel_rows(s, w, is_paired, n % w.gates, n / w.gates, depth, panels);
       };
-      if (!s.traits.is_diagonal) fill(FESTINA_WEIGHT_HH, s.is_paired, s.H_chunks, b.recurrent);
-      if (call.d_input) fill(FESTINA_WEIGHT_IH, s.is_paired, s.H_chunks, b.input);
-      if (s.is_projected) fill(FESTINA_WEIGHT_HR, false, s.P_chunks, b.projection);
+      if (!s.traits.is_diagonal) fill(FESTINA_WEIGHT_HH, s.is_paired, s.H_chunks, p.recurrent);
+      if (call.d_input) fill(FESTINA_WEIGHT_IH, s.is_paired, s.H_chunks, p.input);
+      if (s.is_projected) fill(FESTINA_WEIGHT_HR, false, s.P_chunks, p.projection);
     }
   }
 
@@ -169,7 +168,7 @@ template <class E> struct Core {
     E* collected[FESTINA_MOST_THREADS][2];
     for (long w = 0; w < s.threads; ++w)
       for (long d = 0; d < s.directions; ++d) collected[w][d] = thread_memory(w).d_vectors[d];
-    Gradients<E> gradients{call, s, backward, common.segments, collected, memory.scratch, memory.d_rows, workers, part.teams, 0, 0, true};
+    Gradients<E> gradients{call, s, backward, common.segments, collected, memory.scratch, memory.d_rows, workers, part.teams};
     long together = s.directions / (part.end_direction - part.direction), round = 0;
     for (long begun = 0; begun < s.directions; begun += together) {
       long d = together == 1 ? begun : part.direction;

@@ -85,13 +85,9 @@ template <class E> struct Forward {
     if (s.traits.has_c) clear_row(b.c[t % 2], first, end, row);
   }
 
-  bool is_reset(long t, long r) const {
-    return call.resets && call.resets[order.d * s.N + order.token(t) + r];
-  }
-
   // Rows whose first step this is.
   void start_rows(long t) {
-    for (long r = order.rows(t - 1); r < order.rows(t); ++r) load_state(r, t, is_reset(t, r));
+    for (long r = order.rows(t - 1); r < order.rows(t); ++r) load_state(r, t, order.is_reset(call, t, r));
   }
 
   void store_state(long r, long t) {
@@ -253,7 +249,7 @@ template <class E> struct Forward {
       if (output.is_bfloat16) output.read(to, s.P, first_P, end_P, h, row);
       if (r >= order.rows(t + 1))
         store_state(r, t + 1);
-      else if (is_reset(t + 1, r))
+      else if (order.is_reset(call, t + 1, r))
         clear(row, t + 1);
     }
   }

@@ -135,6 +135,28 @@ template <class F> struct Tiling {
   INLINE long count(long chunks, long depth) const { return down * ceil_div(chunks, wide) * ceil_div(depth, depth_block); }
 };
 
+// Fetches panels into L2 while those before them are multiplied: a share of them beside each of `tiles` tiles. It pays if the
+// panels come from beyond L2 and tiles are many; else the processor's own prefetching does better.
+template <class F> struct Prefetch {
+  Right<F> b;
+  long chunks, depth, tiles, wide;
+
+  INLINE bool is_worthwhile() const {
+    constexpr long least_tiles = 6, least_bytes = 28 << 20;
+    return tiles >= least_tiles && tiles * chunks * depth * chunk<F> * (long)sizeof(F) >= least_bytes;
+  }
+
+  // Share i of the panels of chunks [n, n + wide), a depth_block from k on. Inlined: GCC drops calls that only prefetch.
+  INLINE void operator()(long n, long k, long i) const {
+    long rows = min(depth_block, depth - k);
+    for (long end = min(n + wide, chunks); n < end; ++n) {
+      const F *panel = b.data + n * b.stride + k * chunk<F>, *stop = panel + rows * (i + 1) / tiles * chunk<F>;
+#pragma GCC unroll 4
+      for (const F* row = panel + rows * i / tiles * chunk<F>; row < stop; row += chunk<F>) __builtin_prefetch(row, 0, 2);
+    }
+  }
+};
+
 struct Nothing {
   INLINE void operator()() const {}
 };
@@ -148,18 +170,8 @@ void multiply(Left<F> a, long rows, Right<F> b, long chunks, long depth, Target<
   constexpr long left_bytes = 192 << 10;  // of the left operand, read again for every panel: they stay in L2
   Tiling<F> tiling(rows);
   long tiles = tiling.down, wide = tiling.wide;
-  // The panels of chunk n from k on, fetched into L2 by shares, one beside each tile that those before them are multiplied
-  // by. It pays where the panels come from beyond L2 and tiles are many; else the processor's own prefetching does better.
-  constexpr long least_tiles = 6, least_bytes = 28 << 20;
-  bool is_fetched = tiles >= least_tiles && tiles * chunks * depth * chunk<F> * (long)sizeof(F) >= least_bytes;
-  auto fetch = [&](long n, long k, long i) __attribute__((always_inline)) {  // GCC drops calls that do nothing but prefetch
-    long lines = min(depth_block, depth - k);
-    for (long chunk_end = min(n + wide, chunks); n < chunk_end; ++n) {
-      const F *panel = b.data + n * b.stride + k * chunk<F>, *end = panel + lines * (i + 1) / tiles * chunk<F>;
-#pragma GCC unroll 4
-      for (const F* line = panel + lines * i / tiles * chunk<F>; line < end; line += chunk<F>) __builtin_prefetch(line, 0, 2);
-    }
-  };
+  Prefetch<F> prefetch{b, chunks, depth, tiles, wide};
+  bool is_fetched = prefetch.is_worthwhile();
   long reach = max(1, left_bytes / (rows * (long)sizeof(F) * depth_block)) * depth_block;
   for (long far = 0; far == 0 || far < depth; far += reach)
     for (long n = 0; n < chunks; n += wide)
@@ -173,7 +185,7 @@ void multiply(Left<F> a, long rows, Right<F> b, long chunks, long depth, Target<
           Target<Sum<F>> to{c.data + n * c.stride, c.row_at + row, c.stride};
           tile_rows<F, k_stride>(next - row, min(wide, chunks - n), left, right, min(depth_block, depth - k), to,
                                is_added || k > 0, {is_last ? squares.data : nullptr, squares.stride, squares.period, n, row});
-          if (is_fetched) is_deeper ? fetch(n, k + depth_block, i) : fetch(n + wide, far, i);
+          if (is_fetched) is_deeper ? prefetch(n, k + depth_block, i) : prefetch(n + wide, far, i);
           beside();
           row = next;
         }

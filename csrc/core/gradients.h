@@ -13,8 +13,8 @@ template <class E> struct Gradients {
   const Scratch<E>& my;
   Blocked<E> d_rows;              // of this thread: a few rows of d_input
   long workers, teams;
-  long direction, end_direction;  // those whose segments are to be summed
-  bool is_first;                  // nothing has been summed yet
+  long direction = 0, end_direction = 0;  // those whose segments are to be summed
+  bool is_first = true;                   // nothing has been summed yet
 
   const Segment& segment(long d, long team) const { return segments[d * s.threads + team]; }
 
@@ -157,7 +157,7 @@ template <class E> struct Gradients {
     long depth = s.depth(s.columns() * chunk<E>);
     with_factor<E>(s.is_paired, b[d].pairs[0], b[d].d_v[0], [&](auto left) {
       using F = typename decltype(left)::Element;
-      multiply<F>({left.at(0, slot + row), my.chunk_at, left.stride()}, end - row, {(const F*)b[d].input, depth * chunk<F>},
+      multiply<F>({left.at(0, slot + row), my.chunk_at, left.stride()}, end - row, {(const F*)b[d].panels.input, depth * chunk<F>},
                   s.I_chunks, depth, {d_rows.data, my.chunk_at, d_rows.stride()}, false);
     });
     Tensor<E> to(call.d_input, call.type);

@@ -20,6 +20,7 @@ struct Order {
     return min(max(starts[time(t) + 1] - starts[time(t)] - row, 0), end_row - row);
   }
   long token(long t) const { return starts[time(t)] + row; }
+  bool is_reset(const FestinaCall& call, long t, long r) const { return call.resets && call.resets[d * s.N + token(t) + r]; }
 };
 
 // Working memory of one thread.

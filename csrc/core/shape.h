@@ -168,12 +168,22 @@ template <class E> Saved<E> take_saved(Arena& arena, const Shape& s, bool has_zo
   return saved;
 }
 
-// Bytes that training saves for N packed steps: a constant and a multiple of padded_rows(N).
+// Bytes that training saves for N packed steps: a constant, and a multiple of padded_rows(N).
 template <class E> uint64_t saved_bytes(Shape s, const FestinaCall& call, long N) {
   s.N = N;
   Arena count{nullptr, 0};
   for (long d = 0; d < s.directions; ++d) take_saved<E>(count, s, call.has_zoneout_cell);
   return count.used;
+}
+
+// saved_bytes for any N is at most fixed + N * per_row, since padded_rows(N) <= padded_rows(1) + 7 + N.
+struct SavedBound {
+  uint64_t fixed, per_row;
+};
+
+template <class E> SavedBound saved_bound(const Shape& s, const FestinaCall& call) {
+  uint64_t one = saved_bytes<E>(s, call, 1), per_row = (saved_bytes<E>(s, call, 1 + 16) - one) / 16;
+  return {one + 7 * per_row, per_row};
 }
 
 }  // namespace ISA

@@ -1,4 +1,4 @@
-// Sigmoid and tanh in ulps, NaN through both, products with every tail, transposed squares, digests: one program for each
+// Sigmoid and tanh in ulps, NaN through both, products with every tail, transposed squares, digests, saved bytes: one program for each
 // instruction set, run by tests/test_cpu.py. Prints what failed; exits with 1 if anything did.
 #include <math.h>
 #include <stdio.h>
@@ -12,6 +12,7 @@
 #include "../core/gemm.h"
 #include "../core/math.h"
 #include "../core/panels.h"
+#include "../core/pointwise.h"
 
 namespace ISA {
 
@@ -168,8 +169,36 @@ void check_digest() {
   }
 }
 
+// The bound that callers allocate by holds for every N, and is reached.
+template <class E> void check_saved(const char* name, int64_t placement, const Traits& traits) {
+  for (int options = 0; options < 32; ++options) {
+    FestinaCall call{};
+    call.placement = placement, call.rms = options & 1, call.groups = options & 2 ? FESTINA_EACH_GATE : FESTINA_ALL;
+    call.directions = options & 4 ? 2 : 1, call.has_zoneout_cell = options & 8;
+    call.H = options & 16 ? 48 : 17, call.I = 5, call.P = call.H, call.threads = 1;
+    Shape s = shape_of<E>(call, traits);
+    SavedBound bound = saved_bound<E>(s, call);
+    for (long N = 0; N < 100000; N += N < 300 ? 1 : 997) {
+      uint64_t need = saved_bytes<E>(s, call, N), most = bound.fixed + (uint64_t)N * bound.per_row;
+      if (need <= most && (N % 16 != 9 || need == most)) continue;
+      printf("saved<%zu> %s, options %d: N = %ld takes %ld bytes of %ld\n", sizeof(E), name, options, N, (long)need, (long)most);
+      ++failures;
+      break;
+    }
+  }
+}
+
+template <class E> void check_all_saved() {
+#define KERNEL(cell, placement, cell_norm, Cell) \
+  check_saved<E>(#cell " " #placement " " #cell_norm, placement, Pointwise<E, Cell, placement, cell_norm>::traits);
+#include "../kernels.inc"
+#undef KERNEL
+}
+
 int run() {
   check_digest();
+  check_all_saved<float>();
+  check_all_saved<double>();
   check_transposition<float>();
   check_transposition<double>();
   check_all_pairs();
