@@ -127,7 +127,7 @@ template <class E> struct Core {
         fill_panel(s, input, s.is_paired, n % s.traits.gates, n / s.traits.gates, p.input + n * s.depth(s.I) * chunk<E>);
         if (!s.traits.is_diagonal)
           fill_panel(s, recurrent, s.is_paired, n % s.traits.gates, n / s.traits.gates,
-                          p.recurrent + n * s.depth(s.P) * chunk<E>);
+                     p.recurrent + n * s.depth(s.P) * chunk<E>);
       }
       for (long n = worker; s.is_projected && n < s.P_chunks; n += workers)
         fill_panel(s, weight(d, FESTINA_WEIGHT_HR), false, 0, n, p.projection + n * s.H * chunk<E>);
@@ -179,7 +179,8 @@ template <class E> struct Core {
   }
 
   // All segments of one direction, or of both at once: first the recurrence, then the gradients summed over its rows.
-  void run_segments(Gradients<E>& gradients, const Part& part, const ThreadMemory& memory, long d, long worker, long workers, long& round) const {
+  void run_segments(Gradients<E>& gradients, const Part& part, const ThreadMemory& memory, long d, long worker, long workers,
+                    long& round) const {
     Backward<E> recurrence(call, s, kernels, part, memory.scratch, backward[d], memory.d_vectors[d], common.starts, d);
     for (bool has_steps_left = true; has_steps_left; ++round, gradients.is_first = false) {
       if (!part.is_idle) {

@@ -69,7 +69,9 @@ template <class E> struct Forward {
   }
 
   // The row of the products at which those of step t begin.
-  long product_row(long t, long index) const { return is_training ? order.token(t) : part.team * s.product_rows() + part.row + index; }
+  long product_row(long t, long index) const {
+    return is_training ? order.token(t) : part.team * s.product_rows() + part.row + index;
+  }
 
   // Copies a row's initial state to the buffers that its first step, t, reads.
   void load_state(long r, long t, bool is_reset) {
@@ -148,8 +150,9 @@ template <class E> struct Forward {
         for (long r = 0; r < rows; ++r) narrow(h_old, n, r, my.pairs, r);
     with_factor<E>(s.is_paired, my.pairs, h_old, [&](auto left) {
       using F = typename decltype(left)::Element;
-      multiply<F>({left.data, my.chunk_at, left.stride()}, rows, {(const F*)b.panels.recurrent + column * panel, panel}, columns,
-                  depth, {to.at(column, 0), my.chunk_at, to.stride()}, s.traits.sides == 1, squares(is_normed_h(), 1, rows));
+      multiply<F>({left.data, my.chunk_at, left.stride()}, rows, {(const F*)b.panels.recurrent + column * panel, panel},
+                  columns, depth, {to.at(column, 0), my.chunk_at, to.stride()}, s.traits.sides == 1,
+                  squares(is_normed_h(), 1, rows));
     });
   }
 
@@ -208,9 +211,8 @@ template <class E> struct Forward {
     if (s.is_projected) {
       part.wait();
       Blocked<E> to = from_row(b.h[1 - now], part.row);
-      multiply<E>({p.h.data, my.chunk_at, p.h.stride()}, rows,
-                  {b.panels.projection + first_P * s.H * chunk<E>, s.H * chunk<E>}, end_P - first_P, s.H,
-                  {to.at(first_P, 0), my.chunk_at, to.stride()}, false);
+      multiply<E>({p.h.data, my.chunk_at, p.h.stride()}, rows, {b.panels.projection + first_P * s.H * chunk<E>, s.H * chunk<E>},
+                  end_P - first_P, s.H, {to.at(first_P, 0), my.chunk_at, to.stride()}, false);
     }
     if (is_training && part.member == 0) keep_sums(t, rows, scale_x);
     finish_step(t);

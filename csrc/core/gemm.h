@@ -184,7 +184,7 @@ void multiply(Left<F> a, long rows, Right<F> b, long chunks, long depth, Target<
           Left<F> left{a.data + k / chunk<F> * a.stride, a.row_at + row, a.stride};
           Target<Sum<F>> to{c.data + n * c.stride, c.row_at + row, c.stride};
           tile_rows<F, k_stride>(next - row, min(wide, chunks - n), left, right, min(depth_block, depth - k), to,
-                               is_added || k > 0, {is_last ? squares.data : nullptr, squares.stride, squares.period, n, row});
+                                 is_added || k > 0, {is_last ? squares.data : nullptr, squares.stride, squares.period, n, row});
           if (is_fetched) is_deeper ? prefetch(n, k + depth_block, i) : prefetch(n + wide, far, i);
           beside();
           row = next;

@@ -7,11 +7,11 @@ namespace ISA {
 template <class E> struct Gradients {
   const FestinaCall& call;
   const Shape& s;
-  const BackwardBuffers<E>* b;    // [directions]
-  const Segment* segments;        // [directions, threads]
-  E* const (*collected)[2];       // [threads, directions]: d_vectors of each
+  const BackwardBuffers<E>* b;  // [directions]
+  const Segment* segments;      // [directions, threads]
+  E* const (*collected)[2];     // [threads, directions]: d_vectors of each
   const Scratch<E>& my;
-  Blocked<E> d_rows;              // of this thread: a few rows of d_input
+  Blocked<E> d_rows;  // of this thread: a few rows of d_input
   long workers, teams;
   long direction = 0, end_direction = 0;  // those whose segments are to be summed
   bool is_first = true;                   // nothing has been summed yet
@@ -50,7 +50,8 @@ template <class E> struct Gradients {
       for (long d = direction; d < end_direction; ++d) {
         const BackwardBuffers<E>& from = b[d];
         const Blocked<E> factors[] = {from.d_v[0], from.d_v[1], from.x, from.h_old};
-        const long chunks[] = {s.columns(), s.traits.sides == 2 ? s.columns() : 0, s.I_chunks, s.traits.is_diagonal ? 0 : s.P_chunks};
+        const long chunks[] = {s.columns(), s.traits.sides == 2 ? s.columns() : 0, s.I_chunks,
+                               s.traits.is_diagonal ? 0 : s.P_chunks};
         for (int i = 0; i < 4; ++i) {
           if (task >= chunks[i]) {
             task -= chunks[i];
@@ -157,8 +158,9 @@ template <class E> struct Gradients {
     long depth = s.depth(s.columns() * chunk<E>);
     with_factor<E>(s.is_paired, b[d].pairs[0], b[d].d_v[0], [&](auto left) {
       using F = typename decltype(left)::Element;
-      multiply<F>({left.at(0, slot + row), my.chunk_at, left.stride()}, end - row, {(const F*)b[d].panels.input, depth * chunk<F>},
-                  s.I_chunks, depth, {d_rows.data, my.chunk_at, d_rows.stride()}, false);
+      multiply<F>({left.at(0, slot + row), my.chunk_at, left.stride()}, end - row,
+                  {(const F*)b[d].panels.input, depth * chunk<F>}, s.I_chunks, depth,
+                  {d_rows.data, my.chunk_at, d_rows.stride()}, false);
     });
     Tensor<E> to(call.d_input, call.type);
     for (long r = row; r < end; ++r)

@@ -20,8 +20,8 @@ template <> struct Exp<double> {
   static constexpr double round = 6755399441055744.0, limit = 708.0;
   static constexpr int64_t one = 0x3ff0000000000000;
   static constexpr int mantissa = 52;
-  static constexpr double series[] = {1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,       1. / 5040,
-                                      1. / 40320,  1. / 362880,  1. / 3628800,  1. / 39916800,  1. / 479001600, 1. / 6227020800};
+  static constexpr double series[] = {1. / 2,     1. / 6,      1. / 24,      1. / 120,      1. / 720,       1. / 5040,
+                                      1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
 };
 
 // 2^n, for n = rounded - Exp::round.
@@ -29,7 +29,9 @@ template <class E> INLINE Vec<E> power_of_two(Vec<E> rounded) {
   using Bits = typename Raw<E>::bits;
   return {(typename Raw<E>::type)(((Bits)rounded.v << Exp<E>::mantissa) + Exp<E>::one)};
 }
-template <class E> INLINE Twin<E> power_of_two(Twin<E> rounded) { return {power_of_two(rounded.low), power_of_two(rounded.high)}; }
+template <class E> INLINE Twin<E> power_of_two(Twin<E> rounded) {
+  return {power_of_two(rounded.low), power_of_two(rounded.high)};
+}
 
 // e^x = scale + scale * rest, with rest = e^r - 1 for the part r of x that is within ln 2 / 2 of zero.
 template <class V> INLINE void exp_parts(V x, V& scale, V& rest) {

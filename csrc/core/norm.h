@@ -32,11 +32,11 @@ template <class E> struct Sums {
 };
 
 // 1 / sigma of each group of one side from the gates' sums of squares, spread over its gates: scale [max_gates].
-template <class E> void finish_norm(const Shape& s, const Part& part, const Sums<E>& sums, int side, double eps, long row, E* scale) {
+template <class E> void finish_norm(const Shape& s, const Part& part, const Sums<E>& sums, int side, double eps, long row,
+                                    E* scale) {
   E squares[max_gates] = {};
   for (int g = 0; g < s.traits.gates; ++g) squares[s.group_of[g]] += sums.total(part, side * max_gates + g, row);
-  for (int g = 0; g < s.traits.gates; ++g)
-    scale[g] = (E)(1 / root(squares[s.group_of[g]] / s.group_size[s.group_of[g]] + eps));
+  for (int g = 0; g < s.traits.gates; ++g) scale[g] = (E)(1 / root(squares[s.group_of[g]] / s.group_size[s.group_of[g]] + eps));
 }
 
 // d v = scale * d_hat - v * correction for one side, where correction = scale^2 * mean(d_hat * hat): [max_gates].
@@ -49,7 +49,8 @@ void norm_correction(const Shape& s, const Part& part, const Sums<E>& sums, int 
 }
 
 template <class E>
-void norm_backward(const Shape& s, long first, long end, long rows, const E* scale, const E* correction, Blocked<E> v, Blocked<E> d_v) {
+void norm_backward(const Shape& s, long first, long end, long rows, const E* scale, const E* correction, Blocked<E> v,
+                   Blocked<E> d_v) {
   for (long n = first; n < end; ++n)
     for (int g = 0; g < s.traits.gates; ++g)
       for (long row = 0; row < rows; ++row) {

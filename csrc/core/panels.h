@@ -134,7 +134,8 @@ template <class E> void fill_vectors(const Shape& s, const FestinaCall& call, co
   Tensor<E> inner(parameters[FESTINA_BIAS_INNER], call.type);
   if (!inner) return;
   E mean[max_gates] = {};
-  for (long i = 0; s.is_centred && i < gates * s.H; ++i) mean[s.group_of[i / s.H]] += inner.get(i) / (E)s.group_size[s.group_of[i / s.H]];
+  for (long i = 0; s.is_centred && i < gates * s.H; ++i)
+    mean[s.group_of[i / s.H]] += inner.get(i) / (E)s.group_size[s.group_of[i / s.H]];
   for (long i = 0; i < gates * s.H; ++i) {
     long g = i / s.H, j = i % s.H;
     p.inner[(j / chunk<E> * gates + g) * chunk<E> + j % chunk<E>] = inner.get(i) - mean[s.group_of[g]];

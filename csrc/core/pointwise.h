@@ -9,8 +9,8 @@ namespace ISA {
 // The operands of a cell step. Rows count from the first of the part.
 template <class E> struct CellStep {
   long rows, first, end;  // chunks [first, end) of H
-  Blocked<E> v[2];    // products, from this step's first row on
-  const E* scale[2];  // [rows, max_gates]: 1 / sigma
+  Blocked<E> v[2];        // products, from this step's first row on
+  const E* scale[2];      // [rows, max_gates]: 1 / sigma
   const E *vectors, *mean_c, *scale_c;
   Blocked<E> h_old, h, c_old, c, c_raw;
   E* sums;  // [sum, sum_rows, lanes]: sums over a row's hidden units
@@ -29,8 +29,8 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
   static constexpr int sides = !Cell::is_diagonal && (placement == FESTINA_SEPARATE || Cell::has_split_candidate) ? 2 : 1;
   static constexpr int gates = Cell::gates, split = Cell::emit_from;
   static constexpr bool has_norm_c = cell_norm != FESTINA_NO_CELL_NORM;
-  static constexpr Traits traits{gates, sides, Cell::has_c, Cell::has_split_candidate, Cell::is_diagonal,
-                                 {is_normed[0], is_normed[1]}, has_norm_c};
+  static constexpr Traits traits{
+      gates, sides, Cell::has_c, Cell::has_split_candidate, Cell::is_diagonal, {is_normed[0], is_normed[1]}, has_norm_c};
   using V = Span<E>;
 
   // Pointers to one chunk of H in every operand, taken once for all rows: addresses computed at each access were half of a
@@ -217,10 +217,10 @@ template <class E> struct Kernels {
 };
 
 template <class E> Kernels<E> kernels_for(const FestinaCall& call) {
-#define KERNEL(id, norm, norm_c, Cell)                                             \
-  if (call.cell == id && call.placement == norm && call.cell_norm == norm_c) {     \
-    using K = Pointwise<E, Cell, norm, norm_c>;                                    \
-    return {K::traits, K::update, K::emit, K::emit_backward, K::update_backward};  \
+#define KERNEL(id, norm, norm_c, Cell)                                            \
+  if (call.cell == id && call.placement == norm && call.cell_norm == norm_c) {    \
+    using K = Pointwise<E, Cell, norm, norm_c>;                                   \
+    return {K::traits, K::update, K::emit, K::emit_backward, K::update_backward}; \
   }
 #include "../kernels.inc"
 #undef KERNEL

@@ -43,8 +43,7 @@ struct alignas(64) Tasks {
   long next;
 
   template <class Task> void share(Task task) {
-    while (task(__atomic_fetch_add(&next, 1, __ATOMIC_RELAXED))) {
-    }
+    while (task(__atomic_fetch_add(&next, 1, __ATOMIC_RELAXED))) {}
   }
 };
 constexpr int task_lists = 7;  // three passes over a segment, for even and odd segments, and the last pass
@@ -86,9 +85,7 @@ template <class E> Scratch<E> take_scratch(Arena& arena, const Shape& s, E* publ
   return my;
 }
 
-template <class E> Blocked<E> from_row(Blocked<E> m, long row) {
-  return {m.data ? m.data + row * chunk<E> : nullptr, m.rows};
-}
+template <class E> Blocked<E> from_row(Blocked<E> m, long row) { return {m.data ? m.data + row * chunk<E> : nullptr, m.rows}; }
 
 // The address of one saved sum of a packed step.
 template <class E> E* saved_sum(const Shape& s, const Saved<E>& saved, int sum, long token) {

@@ -58,19 +58,15 @@ struct Shape {
   Traits traits;
   long T, B, I, H, P, N, directions, threads;
   long H_chunks, I_chunks, P_chunks;
-  int groups, group_of[max_gates];  // of gates that share statistics
+  int groups, group_of[max_gates];           // of gates that share statistics
   bool is_projected, is_centred, is_paired;  // is_paired: both products take pairs of bfloat16
   double group_size[max_gates];
 
-  long sums_saved() const {
-    return groups * (traits.is_normed[0] + traits.is_normed[1]) + (traits.has_norm_c ? 2 : 0);
-  }
+  long sums_saved() const { return groups * (traits.is_normed[0] + traits.is_normed[1]) + (traits.has_norm_c ? 2 : 0); }
   long columns() const { return traits.gates * H_chunks; }
   long depth(long terms) const { return is_paired ? ceil_div(terms, 2) : terms; }  // of a product that sums `terms` terms
   // Threads of a team, so that none reads much more than weights_a_thread at every step.
-  long team_size() const {
-    return traits.is_diagonal ? 1 : max(1, columns() * depth(P) * cache_line / weights_a_thread);
-  }
+  long team_size() const { return traits.is_diagonal ? 1 : max(1, columns() * depth(P) * cache_line / weights_a_thread); }
   long teams(long among) const { return max(1, min(among / team_size(), B / rows_a_team)); }
   long teams() const { return teams(threads); }
   long product_rows() const { return min(input_product_rows, N); }

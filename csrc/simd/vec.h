@@ -63,8 +63,12 @@ template <class E> INLINE Vec<E> operator/(Vec<E> a, E b) { return a / broadcast
 template <class E> INLINE Vec<E>& operator+=(Vec<E>& a, Vec<E> b) { return a = a + b; }
 
 // The type in which products of factors of type F are summed; add_product adds one product in each lane.
-template <class F> struct SumOf { using type = F; };
-template <> struct SumOf<Two> { using type = float; };
+template <class F> struct SumOf {
+  using type = F;
+};
+template <> struct SumOf<Two> {
+  using type = float;
+};
 template <class F> using Sum = typename SumOf<F>::type;
 
 template <class E> INLINE void add_product(Vec<E>& sum, Vec<E> a, Vec<E> b) { sum += a * b; }
@@ -95,8 +99,12 @@ template <class E> struct Twin {
 };
 
 // The unit in which a chunk is processed: one vector, or a twin.
-template <bool is_one, class E> struct SpanOf { using type = Twin<E>; };
-template <class E> struct SpanOf<true, E> { using type = Vec<E>; };
+template <bool is_one, class E> struct SpanOf {
+  using type = Twin<E>;
+};
+template <class E> struct SpanOf<true, E> {
+  using type = Vec<E>;
+};
 template <class E> using Span = typename SpanOf<chunk<E> == lanes<E>, E>::type;
 
 template <class V> INLINE V load_as(const typename V::Element* p) {
@@ -118,7 +126,7 @@ template <class E> INLINE void add_to(E* p, Twin<E> x) { add_to(p, x.low), add_t
 template <class E> INLINE Vec<E> fold(Vec<E> x) { return x; }
 template <class E> INLINE Vec<E> fold(Twin<E> x) { return x.low + x.high; }
 
-#define TWINNED(op)                                                                                              \
+#define TWINNED(op)                                                                                                  \
   template <class E> INLINE Twin<E> operator op(Twin<E> a, Twin<E> b) { return {a.low op b.low, a.high op b.high}; } \
   template <class E> INLINE Twin<E> operator op(Twin<E> a, E b) { return {a.low op b, a.high op b}; }
 TWINNED(+)
@@ -132,7 +140,9 @@ template <class E> INLINE Twin<E>& operator+=(Twin<E>& a, Twin<E> b) { return a 
 template <class E> INLINE Twin<E> where_at_most(Twin<E> a, E bound, Twin<E> yes, Twin<E> no) {
   return {where_at_most(a.low, bound, yes.low, no.low), where_at_most(a.high, bound, yes.high, no.high)};
 }
-template <class E> INLINE Twin<E> clamp(Twin<E> x, E low, E high) { return {clamp(x.low, low, high), clamp(x.high, low, high)}; }
+template <class E> INLINE Twin<E> clamp(Twin<E> x, E low, E high) {
+  return {clamp(x.low, low, high), clamp(x.high, low, high)};
+}
 
 // Exchanges blocks of `apart` columns off the diagonal between two rows of a square that lie `apart` rows from each other.
 template <int apart, class E, int... lane>

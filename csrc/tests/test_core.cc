@@ -54,7 +54,8 @@ template <class E> E* numbers(long count) {
 // c [rows, chunks] += a [rows, depth] b, against plain loops. `k_stride` 1: rows of a one after the other; else a is blocked.
 template <class E, int k_stride> void check_product(long rows, long chunks, long depth, bool is_added) {
   constexpr long C = chunk<E>;
-  long across = padded_rows(k_stride == 1 ? rows : depth), columns = (chunks * C), blocks = ceil_div(k_stride == 1 ? depth : rows, C);
+  long across = padded_rows(k_stride == 1 ? rows : depth), columns = (chunks * C),
+       blocks = ceil_div(k_stride == 1 ? depth : rows, C);
   E *a = numbers<E>(blocks * across * C), *b = numbers<E>(chunks * depth * C + C), *c = numbers<E>(rows * columns);
   E *before = numbers<E>(rows * columns), *squares = numbers<E>(2 * rows * lanes<E>);
   long *left = (long*)malloc(rows * sizeof(long)), *target = (long*)malloc(rows * sizeof(long));
@@ -65,7 +66,7 @@ template <class E, int k_stride> void check_product(long rows, long chunks, long
     target[r] = r * columns;
   }
   multiply<E, k_stride>({a, left, k_stride == 1 ? across * C : C * C}, rows, {b, depth * C}, chunks, depth, {c, target, C},
-                      is_added, {squares, rows * lanes<E>, 2, 0, 0});
+                        is_added, {squares, rows * lanes<E>, 2, 0, 0});
   for (long r = 0; r < rows; ++r) {
     double square[2] = {0, 0}, got[2] = {0, 0};
     for (long n = 0; n < columns; ++n) {
@@ -77,15 +78,16 @@ template <class E, int k_stride> void check_product(long rows, long chunks, long
       }
       square[n / C % 2] += want * want;
       if (!(fabs(c[r * columns + n] - want) <= size * (sizeof(E) == 4 ? 1e-6 : 1e-14))) {
-        printf("product<%zu> %ldx%ldx%ld k_stride %d: (%ld, %ld) is %g, not %g\n", sizeof(E), rows, chunks, depth, k_stride, r, n,
-               (double)c[r * columns + n], want);
+        printf("product<%zu> %ldx%ldx%ld k_stride %d: (%ld, %ld) is %g, not %g\n", sizeof(E), rows, chunks, depth, k_stride, r,
+               n, (double)c[r * columns + n], want);
         ++failures;
         r = rows - 1, n = columns;
       }
     }
     for (int g = 0; g < 2; ++g) {
       for (int l = 0; l < lanes<E>; ++l) got[g] += squares[(g * rows + r) * lanes<E> + l];
-      if (!(fabs(got[g] - square[g]) <= (1 + square[g]) * (sizeof(E) == 4 ? 1e-4 : 1e-12))) ++failures, printf("squares differ\n");
+      if (!(fabs(got[g] - square[g]) <= (1 + square[g]) * (sizeof(E) == 4 ? 1e-4 : 1e-12)))
+        ++failures, printf("squares differ\n");
     }
   }
   free(a), free(b), free(c), free(before), free(squares), free(left), free(target);
@@ -181,7 +183,8 @@ template <class E> void check_saved(const char* name, int64_t placement, const T
     for (long N = 0; N < 100000; N += N < 300 ? 1 : 997) {
       uint64_t need = saved_bytes<E>(s, call, N), most = bound.fixed + (uint64_t)N * bound.per_row;
       if (need <= most && (N % 16 != 9 || need == most)) continue;
-      printf("saved<%zu> %s, options %d: N = %ld takes %ld bytes of %ld\n", sizeof(E), name, options, N, (long)need, (long)most);
+      printf("saved<%zu> %s, options %d: N = %ld takes %ld bytes of %ld\n", sizeof(E), name, options, N, (long)need,
+             (long)most);
       ++failures;
       break;
     }
