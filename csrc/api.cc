@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include "dispatch.h"
+#include "layout.h"
 
 // The entry of libgomp, which is the OpenMP that torch loads. A pragma would do the same under GCC, but Clang makes it a call
 // of its own libomp: two runtimes in a process, each with threads for all cores.
@@ -16,8 +17,6 @@ int omp_get_num_threads(void);
 
 namespace {
 
-constexpr long most_threads = 256;
-
 thread_local char error[512];
 
 __attribute__((format(printf, 1, 2))) int fail(const char* format, ...) {
@@ -25,39 +24,37 @@ __attribute__((format(printf, 1, 2))) int fail(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(error, sizeof error, format, arguments);
   va_end(arguments);
-  return 1;
+  return FESTINA_ERROR;
 }
 
 int check(const FestinaCall* call) {
-  if (call->bytes != sizeof(FestinaCall) || call->version != FESTINA_VERSION)
-    return fail("the core speaks version %d with %zu bytes a call, the caller version %d with %d; reinstall festina",
-                FESTINA_VERSION, sizeof(FestinaCall), (int)call->version, (int)call->bytes);
   if (!festina::chosen_isa()) return fail("%s", festina::isa_refusal());
   if (!festina::chosen_isa()->has_kernels(*call))
-    return fail("there is no kernel for cell %d with placement %d and cell norm %d; see kernels.inc", (int)call->cell,
-                (int)call->placement, (int)call->cell_norm);
-  if (call->threads < 1 || call->threads > most_threads)
-    return fail("threads must be 1 to %ld, got %ld", most_threads, (long)call->threads);
-  return 0;
+    return fail("there is no kernel for cell %s with placement %s and cell norm %s; see kernels.inc",
+                festina::name_of("cell", call->cell), festina::name_of("placement", call->placement),
+                festina::name_of("cell_norm", call->cell_norm));
+  if (call->threads < 1 || call->threads > FESTINA_MOST_THREADS)
+    return fail("threads must be 1 to %d, got %ld", FESTINA_MOST_THREADS, (long)call->threads);
+  return FESTINA_OK;
 }
 
 void parallel(long threads, void* context, void (*body)(void*, long, long)) {
   if (threads == 1) return body(context, 0, 1);
-  struct Team {
+  struct Job {
     void* context;
     void (*body)(void*, long, long);
-  } team{context, body};
-  auto member = [](void* data) {
-    Team* team = (Team*)data;
-    team->body(team->context, omp_get_thread_num(), omp_get_num_threads());
+  } job{context, body};
+  auto run = [](void* data) {
+    Job* job = (Job*)data;
+    job->body(job->context, omp_get_thread_num(), omp_get_num_threads());
   };
-  GOMP_parallel(member, &team, (unsigned)threads, 0);
+  GOMP_parallel(run, &job, (unsigned)threads, 0);
 }
 
 constexpr uint64_t odd = 0x9e3779b97f4a7c15;
 
-// Of all values of all parameters. Threads take blocks in turn; the sum of what the blocks give does not ask who took which.
-uint64_t digest_of_all(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS]) {
+// A hash of all values of all parameters. Threads take blocks in turn, and the sum over blocks does not depend on the order.
+uint64_t digest_of_all(const FestinaCall* call, const FestinaSizes bytes) {
   constexpr uint64_t block = 128 << 10;
   struct Shared {
     const FestinaCall* call;
@@ -87,18 +84,23 @@ uint64_t digest_of_all(const FestinaCall* call, const uint64_t bytes[2][FESTINA_
 
 int festina_version(void) { return FESTINA_VERSION; }
 
+const char* festina_layout(void) {
+  static const festina::Layout once;
+  return once.text;
+}
+
 int festina_bytes(const FestinaCall* call, FestinaBytes* bytes) {
-  if (check(call)) return 1;
+  if (check(call)) return FESTINA_ERROR;
   FestinaCall fit = *call;
-  fit.packed = fit.saved = fit.workspace = nullptr;
+  fit.panels = fit.saved = fit.workspace = nullptr;
   *bytes = festina::chosen_isa()->bytes(fit);
-  return 0;
+  return FESTINA_OK;
 }
 
 int festina_run(const FestinaCall* call) {
-  if (check(call)) return 1;
+  if (check(call)) return FESTINA_ERROR;
   festina::chosen_isa()->run(*call, parallel);
-  return 0;
+  return FESTINA_OK;
 }
 
 void* festina_allocate(uint64_t bytes) {
@@ -113,9 +115,9 @@ void* festina_allocate(uint64_t bytes) {
 
 void festina_free(void* memory) { free(memory); }
 
-uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], int is_whole) {
+uint64_t festina_fingerprint(const FestinaCall* call, const FestinaSizes bytes, int is_whole) {
   constexpr uint64_t samples = 32;
-  constexpr int chains = 4;  // one alone would wait for itself at every value
+  constexpr int chains = 4;  // independent chains hide the latency of multiplying
   uint64_t mixed[chains] = {};
   auto mix = [&](int chain, uint64_t value) {
     mixed[chain] = (mixed[chain] ^ value) * odd;
@@ -123,11 +125,11 @@ uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FE
   };
   for (int i = 0; i < 2 * FESTINA_PARAMETERS; ++i) {
     const char* tensor = (const char*)call->parameters[i / FESTINA_PARAMETERS][i % FESTINA_PARAMETERS];
-    uint64_t words = bytes[i / FESTINA_PARAMETERS][i % FESTINA_PARAMETERS] / 2, step = words / samples;
+    uint64_t words = bytes[i / FESTINA_PARAMETERS][i % FESTINA_PARAMETERS] / 2, stride = words / samples;
     mix(0, (uint64_t)tensor);
     for (uint64_t n = 0; tensor && !is_whole && n < samples && n < words; ++n) {
       uint16_t word;
-      memcpy(&word, tensor + (step ? n * step + ((n * odd >> 40) * step >> 24) : n) * 2, 2);  // one in each part
+      memcpy(&word, tensor + (stride ? n * stride + ((n * odd >> 40) * stride >> 24) : n) * 2, 2);  // one in each part
       mix(n % chains, word);
     }
   }
@@ -136,8 +138,8 @@ uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FE
   return mixed[0];
 }
 
-int festina_run_packed(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], int is_whole, uint64_t fingerprint) {
-  return festina_fingerprint(call, bytes, is_whole) == fingerprint ? festina_run(call) : 2;
+int festina_run_panels(const FestinaCall* call, const FestinaSizes bytes, int is_whole, uint64_t fingerprint) {
+  return festina_fingerprint(call, bytes, is_whole) == fingerprint ? festina_run(call) : FESTINA_STALE;
 }
 
 const char* festina_error(void) { return error; }

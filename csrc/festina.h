@@ -1,6 +1,9 @@
 /* The C ABI of the compiled core. Every tensor is contiguous; a null pointer is a tensor that is absent or not wanted.
 
-   Alphabet: T steps, B rows, I input size, H hidden size, P what h is wide, N valid steps of all rows, D directions. */
+   Alphabet: T steps, B rows, I input size, H hidden size, P width of h, N packed steps of all rows, D directions.
+
+   Each list below makes a C type and the lines of festina_layout() that describe it: nothing is told twice, and a caller in
+   another language can build its side from the library it has loaded. */
 #pragma once
 #include <stdint.h>
 
@@ -10,70 +13,181 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-#define FESTINA_VERSION 4
+#define FESTINA_VERSION 5
+#define FESTINA_MOST_THREADS 256
 
-enum FestinaPass { FESTINA_INFERENCE, FESTINA_TRAINING, FESTINA_BACKWARD };
-enum FestinaType { FESTINA_FLOAT32, FESTINA_FLOAT64, FESTINA_BFLOAT16 };
-enum FestinaCell { FESTINA_LSTM, FESTINA_GRU, FESTINA_GRU_JOINT, FESTINA_INDRNN, FESTINA_INDRNN_RELU };
-enum FestinaPlacement { FESTINA_NO_NORM, FESTINA_SEPARATE, FESTINA_JOINT };
-enum FestinaGroups { FESTINA_ALL, FESTINA_EACH_GATE, FESTINA_LAST_APART };
-enum FestinaCellNorm { FESTINA_NO_CELL_NORM, FESTINA_READOUT, FESTINA_CARRIED };
+/* clang-format off */
 
-/* The parameters of one direction, in the order of LayerSpec.parameter_shapes. */
-enum FestinaParameter {
-  FESTINA_WEIGHT_IH, FESTINA_WEIGHT_HH, FESTINA_BIAS_IH, FESTINA_BIAS_HH, FESTINA_WEIGHT_HR, FESTINA_GAIN_IH,
-  FESTINA_GAIN_HH, FESTINA_GAIN, FESTINA_BIAS, FESTINA_BIAS_INNER, FESTINA_GAIN_C, FESTINA_BIAS_C, FESTINA_PARAMETERS
-};
+/* VALUE(enum, enumerator, the name that callers know it by), counted from 0. */
+#define FESTINA_PASSES(VALUE)                    \
+  VALUE(pass, FESTINA_INFERENCE, "inference")    \
+  VALUE(pass, FESTINA_TRAINING, "training")      \
+  VALUE(pass, FESTINA_BACKWARD, "backward")
 
+#define FESTINA_TYPES(VALUE)                     \
+  VALUE(type, FESTINA_FLOAT32, "float32")        \
+  VALUE(type, FESTINA_FLOAT64, "float64")        \
+  VALUE(type, FESTINA_BFLOAT16, "bfloat16")
+
+#define FESTINA_CELLS(VALUE)                     \
+  VALUE(cell, FESTINA_LSTM, "lstm")              \
+  VALUE(cell, FESTINA_GRU, "gru")                \
+  VALUE(cell, FESTINA_GRU_JOINT, "gru_joint")    \
+  VALUE(cell, FESTINA_INDRNN, "indrnn")          \
+  VALUE(cell, FESTINA_INDRNN_RELU, "indrnn_relu")
+
+#define FESTINA_PLACEMENTS(VALUE)                \
+  VALUE(placement, FESTINA_NO_NORM, "none")      \
+  VALUE(placement, FESTINA_SEPARATE, "separate") \
+  VALUE(placement, FESTINA_JOINT, "joint")
+
+#define FESTINA_GROUPS(VALUE)                    \
+  VALUE(groups, FESTINA_ALL, "all")              \
+  VALUE(groups, FESTINA_EACH_GATE, "gate")       \
+  VALUE(groups, FESTINA_LAST_APART, "gates|candidate")
+
+#define FESTINA_CELL_NORMS(VALUE)                \
+  VALUE(cell_norm, FESTINA_NO_CELL_NORM, "none") \
+  VALUE(cell_norm, FESTINA_READOUT, "readout")   \
+  VALUE(cell_norm, FESTINA_CARRIED, "carried")
+
+#define FESTINA_STATUSES(VALUE)                  \
+  VALUE(status, FESTINA_OK, "ok")                \
+  VALUE(status, FESTINA_ERROR, "error")          \
+  VALUE(status, FESTINA_STALE, "stale")
+
+/* The parameters of one direction: a subset of LayerSpec.parameter_shapes. */
+#define FESTINA_PARAMETER_NAMES(PARAMETER)       \
+  PARAMETER(FESTINA_WEIGHT_IH, "weight_ih")      \
+  PARAMETER(FESTINA_WEIGHT_HH, "weight_hh")      \
+  PARAMETER(FESTINA_BIAS_IH, "bias_ih")          \
+  PARAMETER(FESTINA_BIAS_HH, "bias_hh")          \
+  PARAMETER(FESTINA_WEIGHT_HR, "weight_hr")      \
+  PARAMETER(FESTINA_GAIN_IH, "gain_ih")          \
+  PARAMETER(FESTINA_GAIN_HH, "gain_hh")          \
+  PARAMETER(FESTINA_GAIN_JOINT, "gain_joint")    \
+  PARAMETER(FESTINA_BIAS_JOINT, "bias_joint")    \
+  PARAMETER(FESTINA_BIAS_INNER, "bias_inner")    \
+  PARAMETER(FESTINA_GAIN_C, "gain_c")            \
+  PARAMETER(FESTINA_BIAS_C, "bias_c")
+
+#define FESTINA_CALL(FIELD)                                                                                            \
+  FIELD(int64_t, pass)                                                                                                 \
+  FIELD(int64_t, type)                                                                                                 \
+  FIELD(int64_t, cell)                                                                                                 \
+  FIELD(int64_t, placement)                                                                                            \
+  FIELD(int64_t, groups)                                                                                               \
+  FIELD(int64_t, cell_norm)                                                                                            \
+  FIELD(int64_t, rms)                                                                                                  \
+  FIELD(int64_t, directions)                                                                                           \
+  FIELD(int64_t, threads)          /* 1 to FESTINA_MOST_THREADS */                                                     \
+  FIELD(int64_t, T)                                                                                                    \
+  FIELD(int64_t, B)                                                                                                    \
+  FIELD(int64_t, I)                                                                                                    \
+  FIELD(int64_t, H)                                                                                                    \
+  FIELD(int64_t, P)                                                                                                    \
+  FIELD(int64_t, N)                                                                                                    \
+  FIELD(double, eps)                                                                                                   \
+  FIELD(double, zoneout)                                                                                               \
+  FIELD(double, zoneout_cell)                                                                                          \
+  FIELD(int64_t, has_zoneout)      /* by a mask or by a rate */                                                        \
+  FIELD(int64_t, has_zoneout_cell)                                                                                     \
+  FIELD(const int64_t*, batch_sizes)       /* [T]; null: B rows at every step */                                       \
+  FIELD(const uint8_t*, resets)            /* [D, N] */                                                                \
+  FIELD(const uint8_t*, zoneout_mask)      /* [D, N, P] */                                                             \
+  FIELD(const uint8_t*, zoneout_cell_mask) /* [D, N, H] */                                                             \
+  FIELD(const void*, input)        /* [N, I] */                                                                        \
+  FIELD(const void*, h_0)          /* [D, B, P] */                                                                     \
+  FIELD(const void*, c_0)          /* [D, B, H] */                                                                     \
+  FIELD(FestinaParameters, parameters)                                                                                 \
+  FIELD(void*, output)             /* [N, D * P]; read by backward */                                                  \
+  FIELD(void*, h_n)                /* [D, B, P] */                                                                     \
+  FIELD(void*, c_n)                /* [D, B, H] */                                                                     \
+  FIELD(void*, panels)             /* weights in the order in which the kernels of the pass read them */               \
+  FIELD(int64_t, has_panels)       /* inference: an earlier call with the same parameters has filled `panels` */       \
+  FIELD(void*, saved)              /* written by training, read by backward */                                         \
+  FIELD(void*, workspace)                                                                                              \
+  FIELD(const void*, d_output)                                                                                         \
+  FIELD(const void*, d_h_n)                                                                                            \
+  FIELD(const void*, d_c_n)                                                                                            \
+  FIELD(void*, d_input)                                                                                                \
+  FIELD(void*, d_h_0)                                                                                                  \
+  FIELD(void*, d_c_0)                                                                                                  \
+  FIELD(FestinaGradients, d_parameters)
+
+/* What training keeps for backward takes at most saved_fixed + N * saved_per_row bytes; neither depends on N, T or B. */
+#define FESTINA_BYTES(FIELD)                     \
+  FIELD(uint64_t, panels)                        \
+  FIELD(uint64_t, saved_fixed)                   \
+  FIELD(uint64_t, saved_per_row)                 \
+  FIELD(uint64_t, workspace)
+
+/* clang-format on */
+
+#define FESTINA_ENUMERATOR(kind, value, name) value,
+enum FestinaPass { FESTINA_PASSES(FESTINA_ENUMERATOR) };
+enum FestinaType { FESTINA_TYPES(FESTINA_ENUMERATOR) };
+enum FestinaCell { FESTINA_CELLS(FESTINA_ENUMERATOR) };
+enum FestinaPlacement { FESTINA_PLACEMENTS(FESTINA_ENUMERATOR) };
+enum FestinaGroups { FESTINA_GROUPS(FESTINA_ENUMERATOR) };
+enum FestinaCellNorm { FESTINA_CELL_NORMS(FESTINA_ENUMERATOR) };
+enum FestinaStatus { FESTINA_STATUSES(FESTINA_ENUMERATOR) };
+#undef FESTINA_ENUMERATOR
+
+#define FESTINA_ENUMERATOR(value, name) value,
+enum FestinaParameter { FESTINA_PARAMETER_NAMES(FESTINA_ENUMERATOR) FESTINA_PARAMETERS };
+#undef FESTINA_ENUMERATOR
+
+typedef const void* FestinaParameters[2][FESTINA_PARAMETERS]; /* of each direction */
+typedef void* FestinaGradients[2][FESTINA_PARAMETERS];
+typedef uint64_t FestinaSizes[2][FESTINA_PARAMETERS];
+
+#define FESTINA_MEMBER(type, name) type name;
 typedef struct {
-  uint64_t bytes, version; /* sizeof(FestinaCall), FESTINA_VERSION */
-  int64_t pass, type, cell, placement, groups, cell_norm, rms, directions, threads;
-  int64_t T, B, I, H, P, N;
-  double eps, zoneout, zoneout_cell;
-  int64_t has_zoneout, has_zoneout_cell; /* by a mask or by a rate */
-  const int64_t* batch_sizes;            /* [T], or null: B rows at every step */
-  const uint8_t *resets, *zoneout_mask, *zoneout_cell_mask; /* [D, N], [D, N, P], [D, N, H] */
-  const void *input, *h_0, *c_0;                            /* [N, I], [D, B, P], [D, B, H] */
-  const void* parameters[2][FESTINA_PARAMETERS];
-  void *output, *h_n, *c_n; /* [N, D * P], [D, B, P], [D, B, H]; backward reads output */
-  void* packed;             /* weights in the order of the pass's kernels */
-  int64_t is_packed;        /* inference: packed is filled from an earlier call with the same parameters */
-  void* saved;              /* written by training, read by backward */
-  void* workspace;
-  const void *d_output, *d_h_n, *d_c_n;
-  void *d_input, *d_h_0, *d_c_0;
-  void* d_parameters[2][FESTINA_PARAMETERS];
+  FESTINA_CALL(FESTINA_MEMBER)
 } FestinaCall;
 
 typedef struct {
-  uint64_t packed, saved, workspace;
+  FESTINA_BYTES(FESTINA_MEMBER)
 } FestinaBytes;
+#undef FESTINA_MEMBER
 
-/* FESTINA_VERSION of the core. */
+/* FESTINA_VERSION of the core. Ask first: the rest of this file may differ between versions. */
 int festina_version(void);
 
-/* How many bytes the call needs; of the pointers only those of backward's gradients count (null or not).
-   0, or 1 with festina_error() telling why. */
+/* This file and kernels.inc as text, one entry a line, its words separated by single spaces:
+
+     version 5
+     size <struct> <bytes>
+     field <struct> <name> <type> <offset> <count>     type: i64, u64, f64 or pointer; count: more than 1 for an array
+     value <enum> <name> <integer>                     enum: pass, type, cell, placement, groups, cell_norm or status
+     parameter <name> <index>                          in [0, n); direction d's stands at d * n + index of an array
+     constant <name> <integer>                         most_threads
+     kernel <cell> <placement> <cell_norm>             everything that festina_run computes */
+const char* festina_layout(void);
+
+/* How many bytes the call needs; of the pointers only those of parameters and gradients count (null or not).
+   FESTINA_OK, or FESTINA_ERROR with festina_error() telling why. */
 int festina_bytes(const FestinaCall* call, FestinaBytes* bytes);
 
-/* Carries out a pass. 0, or 1 with festina_error() telling why. */
+/* Carries out a pass. FESTINA_OK, or FESTINA_ERROR with festina_error() telling why. */
 int festina_run(const FestinaCall* call);
 
-/* Memory on cache lines, and on huge pages where it is large; null where there is none left. */
+/* Memory on cache lines, and on huge pages where it is large; null if none is left. */
 void* festina_allocate(uint64_t bytes);
 void festina_free(void* memory);
 
-/* The address of each parameter, mixed with its values, all of them or a few: it tells rewritten parameters from those that
-   were packed. */
-uint64_t festina_fingerprint(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], int is_whole);
+/* The address of each parameter, mixed with its values, all of them or a few: it tells parameters that were rewritten from
+   those that filled the panels. `bytes` is the size of each. */
+uint64_t festina_fingerprint(const FestinaCall* call, const FestinaSizes bytes, int is_whole);
 
-/* festina_run, if the parameters still have this fingerprint; 2, with nothing done, if not. */
-int festina_run_packed(const FestinaCall* call, const uint64_t bytes[2][FESTINA_PARAMETERS], int is_whole, uint64_t fingerprint);
+/* festina_run if the parameters still have this fingerprint; else FESTINA_STALE, with nothing done. */
+int festina_run_panels(const FestinaCall* call, const FestinaSizes bytes, int is_whole, uint64_t fingerprint);
 
-/* What went wrong in this thread's last call that returned 1. */
+/* What went wrong in this thread's last call that returned FESTINA_ERROR. */
 const char* festina_error(void);
 
-/* The instruction set in use; null with festina_error() where FESTINA_ISA names one that cannot be used. */
+/* The instruction set in use; null with festina_error() if FESTINA_ISA names one that cannot be used. */
 const char* festina_isa(void);
 
 /* The names of those compiled in, best first, separated by spaces; only those that this CPU runs, if asked so. */

@@ -6,6 +6,7 @@ products in C++, long sequences in float32, wrong structs, packed weights, singl
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import os
@@ -313,7 +314,7 @@ def test_what_is_saved_has_the_size_that_is_foretold(case):
 def test_at_most_36_bytes_a_unit_are_saved():
     """Beside them, 16 bytes a step for the statistics, the padding of steps and units, and once the weights' column means."""
     call, _ = Case("lstm", norms.HASTE, T=100, B=32, I=8, H=256).build()
-    assert saved_bytes(call) <= 3208 * (36 * 256 + 16) + 4 * (8 + 256) + 64
+    assert saved_bytes(call) <= 3215 * (36 * 256 + 16) + 4 * (8 + 256) + 64
 
 
 def test_packed_weights_follow_the_parameters():
@@ -566,10 +567,24 @@ def test_one_openmp_serves_torch_and_the_core():
     assert len(libraries) == 1
 
 
-def test_a_struct_of_another_version_is_refused():
-    args = core.FestinaCall(bytes=8, version=0)
-    with pytest.raises(RuntimeError, match="reinstall festina"):
-        cpu.bytes_of(args)
+def test_the_struct_is_that_of_the_core():
+    """Name, type, offset and count of every field, every enum and the list of parameters."""
+    layout = core.functions().festina_layout().decode()
+    kinds = {ctypes.c_int64: "i64", ctypes.c_uint64: "u64", ctypes.c_double: "f64", ctypes.c_void_p: "pointer"}
+    for struct in (core.FestinaCall, core.FestinaBytes):
+        lines = [f"size {struct.__name__} {ctypes.sizeof(struct)}"]
+        for name, kind in struct._fields_:
+            element, count = getattr(kind, "_type_", kind), getattr(kind, "_length_", 1)
+            element = kind if kind in kinds else element
+            offset = getattr(struct, name).offset
+            lines.append(f"field {struct.__name__} {name} {kinds[element]} {offset} {count}")
+        assert [line for line in layout.splitlines() if f" {struct.__name__} " in line] == [*sorted(lines[:1]), *lines[1:]]
+    for index, name in enumerate(core.PARAMETERS):
+        assert f"\nparameter {name} {index}\n" in layout
+    names = {"cell": cpu.CELLS, "placement": cpu.PLACEMENTS, "groups": cpu.GROUPS, "cell_norm": cpu.CELL_NORMS}
+    for kind, values in names.items():
+        for index, name in enumerate(values):
+            assert f"\nvalue {kind} {name} {index}\n" in layout
 
 
 def test_buffers_are_used_again_and_bounded():

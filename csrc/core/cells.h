@@ -1,5 +1,6 @@
-// The cells. A cell sees its pre-activations `a`, normalised and shifted, and its inner state `s`: c where the cell has
-// one (as its norm shows it), else the h of the step before. Gates before `emit_from` serve `update` alone.
+// The cells. A cell takes its pre-activations `a`, normalised and shifted, and its inner state `s`: c (as its norm shows it) if
+// it has one, else the h of the step before. Gates before `emit_from` serve `update` alone. has_split_candidate: the last
+// gate takes its two products apart, in a[gates - 1] and a[gates].
 #pragma once
 #include "math.h"
 
@@ -7,7 +8,7 @@ namespace ISA {
 
 struct Lstm {  // i f g o
   static constexpr int gates = 4, emit_from = 3;
-  static constexpr bool has_c = true, is_parted = false, is_diagonal = false;
+  static constexpr bool has_c = true, has_split_candidate = false, is_diagonal = false;
 
   template <class V> static INLINE V update(const V* a, V c) { return sigmoid(a[1]) * c + sigmoid(a[0]) * tanh(a[2]); }
 
@@ -30,7 +31,7 @@ struct Lstm {  // i f g o
 
 struct Gru {  // r z n, the reset gate after the product: a[2] is n's part of x, a[3] its part of h
   static constexpr int gates = 3, emit_from = 0;
-  static constexpr bool has_c = false, is_parted = true, is_diagonal = false;
+  static constexpr bool has_c = false, has_split_candidate = true, is_diagonal = false;
 
   template <class V> static INLINE V emit(const V* a, V h) {
     V n = tanh(a[2] + sigmoid(a[0]) * a[3]);
@@ -51,7 +52,7 @@ struct Gru {  // r z n, the reset gate after the product: a[2] is n's part of x,
 
 struct GruJoint {  // r z n of one sum; z lets the new state in, and starts mostly closed
   static constexpr int gates = 3, emit_from = 0;
-  static constexpr bool has_c = false, is_parted = false, is_diagonal = false;
+  static constexpr bool has_c = false, has_split_candidate = false, is_diagonal = false;
 
   template <class V> static INLINE V emit(const V* a, V h) {
     V n = tanh(sigmoid(a[0]) * a[2]);
@@ -87,7 +88,7 @@ struct Relu {
 
 template <class Activation> struct IndRnn {  // one gate; a[0] holds u * h already
   static constexpr int gates = 1, emit_from = 0;
-  static constexpr bool has_c = false, is_parted = false, is_diagonal = true;
+  static constexpr bool has_c = false, has_split_candidate = false, is_diagonal = true;
 
   template <class V> static INLINE V emit(const V* a, V) { return Activation::value(a[0]); }
 

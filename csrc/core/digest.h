@@ -1,4 +1,4 @@
-// A number that follows from every bit of some memory. Another value of any one word makes it another number, for certain.
+// A hash of every bit of some memory. A change of any one word always changes it.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -7,7 +7,7 @@ namespace ISA {
 
 inline uint64_t digest(const void* memory, uint64_t bytes) {
   typedef uint32_t Words __attribute__((vector_size(32)));
-  constexpr int chains = 4, lanes = sizeof(Words) / 4;  // one chain alone would wait for itself at every word
+  constexpr int chains = 4, lanes = sizeof(Words) / 4;  // independent chains hide the latency of multiplying
   constexpr uint64_t stripe = chains * sizeof(Words), odd = 0x9e3779b97f4a7c15;
   Words mixed[chains] = {};
   auto mix = [&](const char* from) __attribute__((always_inline)) {
@@ -15,7 +15,7 @@ inline uint64_t digest(const void* memory, uint64_t bytes) {
     for (int chain = 0; chain < chains; ++chain) {
       Words words;
       memcpy(&words, from + chain * sizeof words, sizeof words);
-      mixed[chain] = (mixed[chain] ^ words) * (uint32_t)odd;  // each step can be undone: no word is forgotten
+      mixed[chain] = (mixed[chain] ^ words) * (uint32_t)odd;  // invertible: no word is lost
       mixed[chain] ^= mixed[chain] >> 15;
     }
   };

@@ -4,7 +4,7 @@
 
 namespace ISA {
 
-template <class T> struct Exp;
+template <class E> struct Exp;
 template <> struct Exp<float> {
   // ln 2 in two parts; the first has so few bits that its product with any exponent is exact.
   static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
@@ -20,46 +20,48 @@ template <> struct Exp<double> {
   static constexpr double round = 6755399441055744.0, limit = 708.0;
   static constexpr int64_t one = 0x3ff0000000000000;
   static constexpr int mantissa = 52;
-  static constexpr double series[] = {1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,       1. / 5040,
-                                      1. / 40320,  1. / 362880,  1. / 3628800,  1. / 39916800,  1. / 479001600, 1. / 6227020800};
+  static constexpr double series[] = {1. / 2,     1. / 6,      1. / 24,      1. / 120,      1. / 720,       1. / 5040,
+                                      1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
 };
 
 // 2^n, for n = rounded - Exp::round.
-template <class T> INLINE Vec<T> power_of_two(Vec<T> rounded) {
-  using Bits = typename Raw<T>::bits;
-  return {(typename Raw<T>::type)(((Bits)rounded.v << Exp<T>::mantissa) + Exp<T>::one)};
+template <class E> INLINE Vec<E> power_of_two(Vec<E> rounded) {
+  using Bits = typename Raw<E>::bits;
+  return {(typename Raw<E>::type)(((Bits)rounded.v << Exp<E>::mantissa) + Exp<E>::one)};
 }
-template <class T> INLINE Twin<T> power_of_two(Twin<T> rounded) { return {power_of_two(rounded.low), power_of_two(rounded.high)}; }
+template <class E> INLINE Twin<E> power_of_two(Twin<E> rounded) {
+  return {power_of_two(rounded.low), power_of_two(rounded.high)};
+}
 
 // e^x = scale + scale * rest, with rest = e^r - 1 for the part r of x that is within ln 2 / 2 of zero.
 template <class V> INLINE void exp_parts(V x, V& scale, V& rest) {
-  using T = typename V::Element;
-  using E = Exp<T>;
-  V rounded = x * E::log2e + E::round;
-  V n = rounded - E::round;
-  V r = (x - n * E::ln2_high) - n * E::ln2_low;
-  constexpr int terms = sizeof(E::series) / sizeof(T);
-  V q = broadcast_as<V>(E::series[terms - 1]);
+  using E = typename V::Element;
+  using Constants = Exp<E>;
+  V rounded = x * Constants::log2e + Constants::round;
+  V n = rounded - Constants::round;
+  V r = (x - n * Constants::ln2_high) - n * Constants::ln2_low;
+  constexpr int terms = sizeof(Constants::series) / sizeof(E);
+  V q = broadcast_as<V>(Constants::series[terms - 1]);
 #pragma GCC unroll 16
-  for (int k = terms - 2; k >= 0; --k) q = q * r + E::series[k];
+  for (int k = terms - 2; k >= 0; --k) q = q * r + Constants::series[k];
   scale = power_of_two(rounded);
   rest = r * r * q + r;
 }
 
 template <class V> INLINE V sigmoid(V x) {
-  using T = typename V::Element;
+  using E = typename V::Element;
   V scale, rest;
-  exp_parts(clamp(-x, -Exp<T>::limit, Exp<T>::limit), scale, rest);
-  return broadcast_as<V>(T(1)) / (scale * rest + scale + T(1));
+  exp_parts(clamp(-x, -Exp<E>::limit, Exp<E>::limit), scale, rest);
+  return broadcast_as<V>(E(1)) / (scale * rest + scale + E(1));
 }
 
 // (e^2x - 1) / (e^2x + 1), with e^2x - 1 made without cancellation near zero.
 template <class V> INLINE V tanh(V x) {
-  using T = typename V::Element;
+  using E = typename V::Element;
   V scale, rest;
-  exp_parts(clamp(x + x, T(-40), T(40)), scale, rest);
-  V e = scale * rest + (scale - T(1));
-  return e / (e + T(2));
+  exp_parts(clamp(x + x, E(-40), E(40)), scale, rest);
+  V e = scale * rest + (scale - E(1));
+  return e / (e + E(2));
 }
 
 }  // namespace ISA

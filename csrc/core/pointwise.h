@@ -1,86 +1,86 @@
-// One step of a cell over rows x units, with its norms: pre-activations from products, the cell, and back. Everything
-// that depends on the cell or its plan is decided here at compile time.
+// The kernels: a cell's arithmetic with its norms over rows x chunks of H, forward and backward. Everything that depends on
+// the cell or its plan is decided here at compile time.
 #pragma once
 #include "cells.h"
 #include "shape.h"
 
 namespace ISA {
 
-// What a pass over one step reads and writes. Rows count from the first of the part; units are chunks.
-template <class T> struct Step {
-  long rows, first, end;
-  Blocked<T> v[2];    // products, from this step's first row on
-  const T* scale[2];  // [rows, max_gates]: 1 / sigma
-  const T *vectors, *mean_c, *scale_c;
-  Blocked<T> h_old, h, c_old, c, c_raw;
-  T* sums;  // [sum, sum_rows, lanes]: what is summed over the units of a row
+// The operands of a cell step. Rows count from the first of the part.
+template <class E> struct CellStep {
+  long rows, first, end;  // chunks [first, end) of H
+  Blocked<E> v[2];        // products, from this step's first row on
+  const E* scale[2];      // [rows, max_gates]: 1 / sigma
+  const E *vectors, *mean_c, *scale_c;
+  Blocked<E> h_old, h, c_old, c, c_raw;
+  E* sums;  // [sum, sum_rows, lanes]: sums over a row's hidden units
   long sum_rows;
 
-  // Backward: gradients of the new h and c, and of the old ones, which may lie in the same place: a chunk is read before
-  // it is written. Where Zoneout kept a share of the old state, its gradient is there already and is added to.
-  Blocked<T> d_v[2], d_h_new, d_h, d_c_new, d_c, d_seen;
+  // Backward: gradients of the new h and c, and of the old ones, which may be the same memory: a chunk is read before it is
+  // written. If Zoneout kept part of the old state, its gradient is there already and is added to.
+  Blocked<E> d_v[2], d_h_new, d_h, d_c_new, d_c, d_c_hat;
   bool is_h_kept, is_c_kept;
-  T* d_vectors;
-  const T *mean_d_seen, *mean_d_seen_hat;  // [rows]: what the norm of c takes from its gradient
+  E* d_vectors;
+  const E *d_c_hat_mean, *d_c_hat_dot;  // [rows]: means of d_c_hat and of d_c_hat * c_hat, see update_backward
 };
 
-template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
+template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
   static constexpr bool is_normed[2] = {placement != FESTINA_NO_NORM, placement == FESTINA_SEPARATE && !Cell::is_diagonal};
-  static constexpr int sides = !Cell::is_diagonal && (placement == FESTINA_SEPARATE || Cell::is_parted) ? 2 : 1;
+  static constexpr int sides = !Cell::is_diagonal && (placement == FESTINA_SEPARATE || Cell::has_split_candidate) ? 2 : 1;
   static constexpr int gates = Cell::gates, split = Cell::emit_from;
   static constexpr bool has_norm_c = cell_norm != FESTINA_NO_CELL_NORM;
-  static constexpr Traits traits{gates, sides, Cell::has_c, Cell::is_parted, Cell::is_diagonal,
-                                 {is_normed[0], is_normed[1]}, has_norm_c};
-  using V = Span<T>;
+  static constexpr Traits traits{
+      gates, sides, Cell::has_c, Cell::has_split_candidate, Cell::is_diagonal, {is_normed[0], is_normed[1]}, has_norm_c};
+  using V = Span<E>;
 
-  // Where one chunk of units begins in everything that a step touches. Taken once for all rows: a kernel has so many
-  // matrices that addresses made anew at each access were half of its instructions.
-  struct Unit {
-    const Step<T>& s;
-    T *v[2][gates], *d_v[2][gates], *h_old, *h, *c_old, *c, *c_raw, *d_h_new, *d_h, *d_c_new, *d_c, *d_seen, *d_vectors;
-    const T* vectors;
+  // Pointers to one chunk of H in every operand, taken once for all rows: addresses computed at each access were half of a
+  // kernel's instructions.
+  struct Chunk {
+    const CellStep<E>& s;
+    E *v[2][gates], *d_v[2][gates], *h_old, *h, *c_old, *c, *c_raw, *d_h_new, *d_h, *d_c_new, *d_c, *d_c_hat, *d_vectors;
+    const E* vectors;
 
-    INLINE Unit(const Step<T>& s, long unit) : s(s) {
-      auto of = [&](const Blocked<T>& m) { return m.at(unit, 0); };
+    INLINE Chunk(const CellStep<E>& s, long n) : s(s) {
+      auto of = [&](const Blocked<E>& m) { return m.at(n, 0); };
       for (int side = 0; side < sides; ++side)
         for (int g = 0; g < gates; ++g) {
-          v[side][g] = s.v[side].at(unit * gates + g, 0);
-          d_v[side][g] = s.d_v[side].at(unit * gates + g, 0);
+          v[side][g] = s.v[side].at(n * gates + g, 0);
+          d_v[side][g] = s.d_v[side].at(n * gates + g, 0);
         }
       h_old = of(s.h_old), h = of(s.h), c_old = of(s.c_old), c = of(s.c), c_raw = of(s.c_raw);
-      d_h_new = of(s.d_h_new), d_h = of(s.d_h), d_c_new = of(s.d_c_new), d_c = of(s.d_c), d_seen = of(s.d_seen);
-      vectors = s.vectors + unit * vectors_a_unit * chunk<T>, d_vectors = s.d_vectors + unit * vectors_a_unit * chunk<T>;
+      d_h_new = of(s.d_h_new), d_h = of(s.d_h), d_c_new = of(s.d_c_new), d_c = of(s.d_c), d_c_hat = of(s.d_c_hat);
+      vectors = s.vectors + n * vectors_a_chunk * chunk<E>, d_vectors = s.d_vectors + n * vectors_a_chunk * chunk<E>;
     }
   };
 
-  // The place of one span: a chunk of units, a row, and where in the chunk.
-  struct Place : Unit {
+  // One span of numbers: a chunk, a row, and the lane of the chunk at which it begins.
+  struct Place : Chunk {
     long row;
     int lane;
-    INLINE Place(const Unit& unit, long row, int lane) : Unit(unit), row(row), lane(lane) {}
-    INLINE T* in(T* column) const { return column + row * chunk<T> + lane; }
-    INLINE const T* vector(int which) const { return this->vectors + which * chunk<T> + lane; }
-    INLINE T* d_vector(int which) const { return this->d_vectors + which * chunk<T> + lane; }
-    INLINE T* sum(int which) const { return this->s.sums + (which * this->s.sum_rows + row) * lanes<T>; }
+    INLINE Place(const Chunk& chunk, long row, int lane) : Chunk(chunk), row(row), lane(lane) {}
+    INLINE E* in(E* column) const { return column + row * chunk<E> + lane; }
+    INLINE const E* vector(int which) const { return this->vectors + which * chunk<E> + lane; }
+    INLINE E* d_vector(int which) const { return this->d_vectors + which * chunk<E> + lane; }
+    INLINE E* sum(int which) const { return this->s.sums + (which * this->s.sum_rows + row) * lanes<E>; }
   };
 
-  template <class Body> static INLINE void each(const Step<T>& s, Body body) {
+  template <class Body> static INLINE void each(const CellStep<E>& s, Body body) {
     for (long n = s.first; n < s.end; ++n) {
-      Unit unit(s, n);
+      Chunk at(s, n);
       for (long row = 0; row < s.rows; ++row)
 #pragma GCC unroll 2
-        for (int lane = 0; lane < chunk<T>; lane += V::span) body(Place(unit, row, lane));
+        for (int lane = 0; lane < chunk<E>; lane += V::span) body(Place(at, row, lane));
     }
   }
 
-  static INLINE V normalised(const Place& at, int side, int gate) {
+  static INLINE V normalized(const Place& at, int side, int gate) {
     return load_as<V>(at.in(at.v[side][gate])) * at.s.scale[side][at.row * max_gates + gate];
   }
 
   static INLINE V side_of(const Place& at, int side, int gate) {
     V shift = load_as<V>(at.vector(shift_of(side, gate)));
     if (!is_normed[side]) return load_as<V>(at.in(at.v[side][gate])) + shift;
-    return normalised(at, side, gate) * load_as<V>(at.vector(gain_of(side, gate))) + shift;
+    return normalized(at, side, gate) * load_as<V>(at.vector(gain_of(side, gate))) + shift;
   }
 
   template <int from, int to> static INLINE void pre_activations(const Place& at, V* a) {
@@ -89,7 +89,7 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
       a[g] = side_of(at, 0, g);
       if constexpr (Cell::is_diagonal) a[g] += load_as<V>(at.vector(diagonal)) * load_as<V>(at.in(at.h_old));
       if constexpr (sides == 2) {
-        if (Cell::is_parted && g == gates - 1)
+        if (Cell::has_split_candidate && g == gates - 1)
           a[gates] = side_of(at, 1, g);
         else
           a[g] += side_of(at, 1, g);
@@ -97,8 +97,8 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
     }
   }
 
-  // To c, where its norm must see the whole row before `emit` can go on.
-  static void update(const Step<T>& s) {
+  // To c, if it is normalised: its norm needs the whole row before `emit`.
+  static void update(const CellStep<E>& s) {
     if constexpr (has_norm_c) {
       each(s, [&](const Place& at) __attribute__((always_inline)) {
         V a[gates + 1];
@@ -111,17 +111,17 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
     }
   }
 
-  static INLINE V seen(const Place& at, V c) {
+  static INLINE V normalized_c(const Place& at, V c) {
     if (!has_norm_c) return c;
     return (c - at.s.mean_c[at.row]) * at.s.scale_c[at.row] * load_as<V>(at.vector(gain_c)) + load_as<V>(at.vector(shift_c));
   }
 
-  static void emit(const Step<T>& s) {
+  static void emit(const CellStep<E>& s) {
     each(s, [&](const Place& at) __attribute__((always_inline)) {
       V a[gates + 1], inner;
       pre_activations<has_norm_c ? split : 0, gates>(at, a);
       if constexpr (has_norm_c) {
-        inner = seen(at, load_as<V>(at.in(at.c)));
+        inner = normalized_c(at, load_as<V>(at.in(at.c)));
         if (cell_norm == FESTINA_CARRIED) store(at.in(at.c), inner);
       } else if constexpr (Cell::has_c) {
         inner = Cell::update(a, load_as<V>(at.in(at.c_old)));
@@ -134,21 +134,21 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
     });
   }
 
-  static INLINE void put(bool is_added, T* to, V x) { store(to, is_added ? load_as<V>(to) + x : x); }
+  static INLINE void put(bool is_added, E* to, V x) { store(to, is_added ? load_as<V>(to) + x : x); }
 
-  // From the gradients of pre-activations to those of gain, shift and normalised product; the norm itself follows once
-  // its row sums are known.
+  // From the gradients of pre-activations to those of gain, shift and normalised product. Backward of the norm itself needs
+  // the row sums taken here, and follows in norm_backward.
   template <int from, int to> static INLINE void spread(const Place& at, const V* d_a) {
 #pragma GCC unroll 4
     for (int g = from; g < to; ++g) {
       add_to(at.d_vector(shift_of(0, g)), d_a[g]);
 #pragma GCC unroll 2
       for (int side = 0; side < sides; ++side) {
-        bool is_apart = side == 1 && Cell::is_parted && g == gates - 1;
-        V d = is_apart ? d_a[gates] : d_a[g];
-        if (is_apart) add_to(at.d_vector(shift_of(1, g)), d);
+        bool is_split = side == 1 && Cell::has_split_candidate && g == gates - 1;
+        V d = is_split ? d_a[gates] : d_a[g];
+        if (is_split) add_to(at.d_vector(shift_of(1, g)), d);
         if (is_normed[side]) {
-          V hat = normalised(at, side, g);
+          V hat = normalized(at, side, g);
           add_to(at.d_vector(gain_of(side, g)), d * hat);
           d = d * load_as<V>(at.vector(gain_of(side, g)));
           add_to(at.sum(side * max_gates + g), fold(d * hat));
@@ -158,7 +158,7 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
     }
   }
 
-  static void emit_backward(const Step<T>& s) {
+  static void emit_backward(const CellStep<E>& s) {
     each(s, [&](const Place& at) __attribute__((always_inline)) {
       V a[gates + 1], d_a[gates + 1], d_inner, d_h = load_as<V>(at.in(at.d_h_new));
       pre_activations<has_norm_c ? split : 0, gates>(at, a);
@@ -170,7 +170,7 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
         add_to(at.d_vector(gain_c), d_inner * hat);
         add_to(at.d_vector(shift_c), d_inner);
         V d_hat = d_inner * gain;
-        store(at.in(at.d_seen), d_hat);
+        store(at.in(at.d_c_hat), d_hat);
         add_to(at.sum(sum_of_c), fold(d_hat));
         add_to(at.sum(sum_of_c + 1), fold(d_hat * hat));
       } else if constexpr (Cell::has_c) {
@@ -191,13 +191,13 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
     });
   }
 
-  static void update_backward(const Step<T>& s) {
+  static void update_backward(const CellStep<E>& s) {
     if constexpr (has_norm_c) {
       each(s, [&](const Place& at) __attribute__((always_inline)) {
         V a[gates + 1], d_a[gates + 1], d_c;
         pre_activations<0, split>(at, a);
         V hat = (load_as<V>(at.in(at.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
-        V d_raw = (load_as<V>(at.in(at.d_seen)) - s.mean_d_seen[at.row] - hat * s.mean_d_seen_hat[at.row]) * s.scale_c[at.row];
+        V d_raw = (load_as<V>(at.in(at.d_c_hat)) - s.d_c_hat_mean[at.row] - hat * s.d_c_hat_dot[at.row]) * s.scale_c[at.row];
         if (cell_norm == FESTINA_READOUT) d_raw += load_as<V>(at.in(at.d_c_new));
         Cell::update_backward(a, load_as<V>(at.in(at.c_old)), d_raw, d_a, d_c);
         put(s.is_c_kept, at.in(at.d_c), d_c);
@@ -208,19 +208,19 @@ template <class T, class Cell, int placement, int cell_norm> struct Pointwise {
 };
 
 // The kernels of one cell under one plan.
-template <class T> struct Kernels {
+template <class E> struct Kernels {
   Traits traits;
-  void (*update)(const Step<T>&);
-  void (*emit)(const Step<T>&);
-  void (*emit_backward)(const Step<T>&);
-  void (*update_backward)(const Step<T>&);
+  void (*update)(const CellStep<E>&);
+  void (*emit)(const CellStep<E>&);
+  void (*emit_backward)(const CellStep<E>&);
+  void (*update_backward)(const CellStep<E>&);
 };
 
-template <class T> Kernels<T> kernels_for(const FestinaCall& call) {
-#define KERNEL(id, norm, norm_c, Cell)                                             \
-  if (call.cell == id && call.placement == norm && call.cell_norm == norm_c) {     \
-    using K = Pointwise<T, Cell, norm, norm_c>;                                    \
-    return {K::traits, K::update, K::emit, K::emit_backward, K::update_backward};  \
+template <class E> Kernels<E> kernels_for(const FestinaCall& call) {
+#define KERNEL(id, norm, norm_c, Cell)                                            \
+  if (call.cell == id && call.placement == norm && call.cell_norm == norm_c) {    \
+    using K = Pointwise<E, Cell, norm, norm_c>;                                   \
+    return {K::traits, K::update, K::emit, K::emit_backward, K::update_backward}; \
   }
 #include "../kernels.inc"
 #undef KERNEL

@@ -1,4 +1,4 @@
-// Between tensors (row after row, of the caller's type) and blocked matrices (of the type that is computed in).
+// Copies between tensors (row after row, of the caller's type) and blocked matrices (of the type that is computed in).
 #pragma once
 #include "shape.h"
 
@@ -28,7 +28,7 @@ INLINE void narrow(const Blocked<float>& from, long n, long row, const Blocked<T
   narrow(from.at(n, row), (Half*)to.at(n / 2, to_row) + n % 2 * chunk<float>);
 }
 
-// Successive rows of one chunk as pairs, in the place of the first half of them; an odd last one goes with zeros.
+// Successive rows of one chunk as pairs, written over the first half of them; an odd last row is paired with zeros.
 inline void pair_rows(float* rows, long count) {
   constexpr int C = chunk<float>;
   for (long k = 0; k < count; k += 2) {
@@ -39,81 +39,81 @@ inline void pair_rows(float* rows, long count) {
   }
 }
 
-// Calls body with what products are made of: pairs, or numbers as they are.
-template <class T, class Pairs, class Plain, class Body>
+// Calls body with the factors of a product: pairs, or plain numbers.
+template <class E, class Pairs, class Plain, class Body>
 INLINE void with_factor(bool is_paired, Pairs pairs, Plain plain, Body body) {
-  if constexpr (can_pair<T>) {
+  if constexpr (can_pair<E>) {
     if (is_paired) return body(pairs);
   }
   body(plain);
 }
 
-// A tensor of the caller's: elements of T, or bfloat16 where T is float.
-template <class T> struct Tensor {
+// A tensor of the caller's: elements of type E, or bfloat16 if E is float.
+template <class E> struct Tensor {
   void* data;
   bool is_bfloat16;
 
   Tensor(const void* tensor, long type) : data((void*)tensor), is_bfloat16(type == FESTINA_BFLOAT16) {}
   explicit operator bool() const { return data; }
-  INLINE T get(long i) const { return is_bfloat16 ? (T)from_bfloat16(((uint16_t*)data)[i]) : ((T*)data)[i]; }
-  INLINE void put(long i, T x) const {
+  INLINE E get(long i) const { return is_bfloat16 ? (E)from_bfloat16(((uint16_t*)data)[i]) : ((E*)data)[i]; }
+  INLINE void put(long i, E x) const {
     if (is_bfloat16)
       ((uint16_t*)data)[i] = to_bfloat16((float)x);
     else
-      ((T*)data)[i] = x;
+      ((E*)data)[i] = x;
   }
 
   template <class Body> INLINE void chunks(long first, long end, long columns, Body body) const {
-    for (long n = first; n < end; ++n) body(n, min(chunk<T>, columns - n * chunk<T>));
+    for (long n = first; n < end; ++n) body(n, min(chunk<E>, columns - n * chunk<E>));
   }
 
   // Chunks [first, end) of the row that starts at `start` and has `columns`; columns past the last are zero.
-  void read(long start, long columns, long first, long end, const Blocked<T>& to, long row) const {
-    chunks(first, end, columns, [&](long n, long width) {
-      T* out = to.at(n, row);
-      long from = start + n * chunk<T>;
-      if (!is_bfloat16 && width == chunk<T>) {
-        for (int l = 0; l < chunk<T>; l += lanes<T>) store(out + l, load((const T*)data + from + l));
+  void read(long start, long columns, long first, long end, const Blocked<E>& to, long row) const {
+    chunks(first, end, columns, [&](long n, long count) {
+      E* out = to.at(n, row);
+      long from = start + n * chunk<E>;
+      if (!is_bfloat16 && count == chunk<E>) {
+        for (int l = 0; l < chunk<E>; l += lanes<E>) store(out + l, load((const E*)data + from + l));
       } else {
-        for (int l = 0; l < chunk<T>; ++l) out[l] = l < width ? get(from + l) : T(0);
+        for (int l = 0; l < chunk<E>; ++l) out[l] = l < count ? get(from + l) : E(0);
       }
     });
   }
 
-  void add(long start, long columns, long first, long end, const Blocked<T>& to, long row) const {
-    chunks(first, end, columns, [&](long n, long width) {
-      T* out = to.at(n, row);
-      long from = start + n * chunk<T>;
-      if (!is_bfloat16 && width == chunk<T>) {
-        for (int l = 0; l < chunk<T>; l += lanes<T>) add_to(out + l, load((const T*)data + from + l));
+  void add(long start, long columns, long first, long end, const Blocked<E>& to, long row) const {
+    chunks(first, end, columns, [&](long n, long count) {
+      E* out = to.at(n, row);
+      long from = start + n * chunk<E>;
+      if (!is_bfloat16 && count == chunk<E>) {
+        for (int l = 0; l < chunk<E>; l += lanes<E>) add_to(out + l, load((const E*)data + from + l));
       } else {
-        for (int l = 0; l < width; ++l) out[l] += get(from + l);
+        for (int l = 0; l < count; ++l) out[l] += get(from + l);
       }
     });
   }
 
-  void write(long start, long columns, long first, long end, const Blocked<T>& from, long row, bool is_added = false) const {
-    chunks(first, end, columns, [&](long n, long width) {
-      const T* in = from.at(n, row);
-      long to = start + n * chunk<T>;
-      if (!is_bfloat16 && width == chunk<T>) {
-        T* out = (T*)data + to;
-        for (int l = 0; l < chunk<T>; l += lanes<T>) store(out + l, is_added ? load(out + l) + load(in + l) : load(in + l));
+  void write(long start, long columns, long first, long end, const Blocked<E>& from, long row, bool is_added = false) const {
+    chunks(first, end, columns, [&](long n, long count) {
+      const E* in = from.at(n, row);
+      long to = start + n * chunk<E>;
+      if (!is_bfloat16 && count == chunk<E>) {
+        E* out = (E*)data + to;
+        for (int l = 0; l < chunk<E>; l += lanes<E>) store(out + l, is_added ? load(out + l) + load(in + l) : load(in + l));
       } else {
-        for (int l = 0; l < width; ++l) put(to + l, is_added ? get(to + l) + in[l] : in[l]);
+        for (int l = 0; l < count; ++l) put(to + l, is_added ? get(to + l) + in[l] : in[l]);
       }
     });
   }
 };
 
-template <class T> void clear_row(const Blocked<T>& m, long first, long end, long row) {
+template <class E> void clear_row(const Blocked<E>& m, long first, long end, long row) {
   for (long n = first; n < end; ++n)
-    for (int l = 0; l < chunk<T>; ++l) m.at(n, row)[l] = 0;
+    for (int l = 0; l < chunk<E>; ++l) m.at(n, row)[l] = 0;
 }
 
-template <class T> void copy_row(const Blocked<T>& from, long from_row, const Blocked<T>& to, long row, long first, long end) {
+template <class E> void copy_row(const Blocked<E>& from, long from_row, const Blocked<E>& to, long row, long first, long end) {
   for (long n = first; n < end; ++n)
-    for (int l = 0; l < chunk<T>; l += lanes<T>) store(to.at(n, row) + l, load(from.at(n, from_row) + l));
+    for (int l = 0; l < chunk<E>; l += lanes<E>) store(to.at(n, row) + l, load(from.at(n, from_row) + l));
 }
 
 }  // namespace ISA

@@ -1,4 +1,4 @@
-// The entry of one instruction set into dispatch.cc.
+// What one instruction set offers dispatch.cc.
 #pragma once
 #include "../dispatch.h"
 #include "core.h"
@@ -6,15 +6,15 @@
 
 namespace ISA {
 
-template <class T> void run(const FestinaCall& call, festina::Parallel parallel) {
-  Core<T> core(call);
+template <class E> void run(const FestinaCall& call, festina::Parallel parallel) {
+  Core<E> core(call);
   core.begin();
-  parallel(call.threads, &core, [](void* context, long worker, long workers) { ((Core<T>*)context)->run(worker, workers); });
+  parallel(call.threads, &core, [](void* context, long worker, long workers) { ((Core<E>*)context)->run(worker, workers); });
 }
 
 inline bool has_kernels(const FestinaCall& call) { return kernels_for<float>(call).emit; }
 
-// An instruction set that has nothing new for float64 names the one that serves it there: FLOAT64_OF.
+// An instruction set that adds nothing for float64 names another that serves it there: FLOAT64_OF.
 #ifdef FLOAT64_OF
 }
 namespace FLOAT64_OF {
@@ -24,12 +24,12 @@ namespace ISA {
 inline FestinaBytes bytes_float64(const FestinaCall& call) { return FLOAT64_OF::isa.bytes(call); }
 inline void run_float64(const FestinaCall& call, festina::Parallel parallel) { FLOAT64_OF::isa.run(call, parallel); }
 #else
-inline FestinaBytes bytes_float64(const FestinaCall& call) { return Core<double>(call).bytes; }
+inline FestinaBytes bytes_float64(const FestinaCall& call) { return Core<double>(call).bytes(); }
 inline void run_float64(const FestinaCall& call, festina::Parallel parallel) { run<double>(call, parallel); }
 #endif
 
 inline FestinaBytes bytes(const FestinaCall& call) {
-  return call.type == FESTINA_FLOAT64 ? bytes_float64(call) : Core<float>(call).bytes;
+  return call.type == FESTINA_FLOAT64 ? bytes_float64(call) : Core<float>(call).bytes();
 }
 
 inline void run_any(const FestinaCall& call, festina::Parallel parallel) {

@@ -1,4 +1,4 @@
-// Threads: who does what, and how they wait for one another. The threads themselves are OpenMP's; see api.cc.
+// Threads: their work, and how they wait for one another. The threads themselves are OpenMP's; see api.cc.
 #pragma once
 #include <sched.h>
 
@@ -17,7 +17,7 @@ struct alignas(64) Barrier {
       __atomic_store_n(&turn, mine + 1, __ATOMIC_RELEASE);
       return;
     }
-    // Spinning is for a thread that is about to arrive; where one lost its core, the core must be given up.
+    // Spinning suits a thread that is about to arrive; a thread that has lost its core needs one to be given up.
     for (int spins = 0; __atomic_load_n(&turn, __ATOMIC_ACQUIRE) == mine; ++spins) {
       if (spins > 4096) sched_yield();
 #if defined(__x86_64__)
@@ -27,10 +27,10 @@ struct alignas(64) Barrier {
   }
 };
 
-// One thread's part in the recurrence: rows [row, end_row) of directions [direction, end_direction), and of their units
-// the share of `member`. Members of a group share rows and wait for one another at `barrier`.
+// One thread's part in the recurrence: rows [row, end_row) of directions [direction, end_direction). A team is the threads
+// that share rows: each of its `members` has its own chunks of H and P, and they wait for one another at `barrier`.
 struct Part {
-  long direction, end_direction, row, end_row, groups, group, member, members;
+  long direction, end_direction, row, end_row, teams, team, member, members;
   Barrier* barrier;
   bool is_idle;
 
@@ -39,10 +39,10 @@ struct Part {
   long end(long count) const { return count * (member + 1) / members; }
 };
 
-// Rows are cut so that each group has the same number of steps, as rows differ in length.
-inline long row_cut(const Shape& s, const long* starts, long group, long groups) {
-  if (group == groups) return s.B;
-  long target = s.N * group / groups, steps = 0, row = 0, t = s.T - 1;
+// The first row of a team. Each team has about the same number of packed steps, since rows differ in length.
+inline long first_row(const Shape& s, const long* starts, long team, long teams) {
+  if (team == teams) return s.B;
+  long target = s.N * team / teams, steps = 0, row = 0, t = s.T - 1;
   for (; row < s.B && steps < target; ++row) {
     while (t >= 0 && starts[t + 1] - starts[t] <= row) --t;
     steps += t + 1;
@@ -51,19 +51,19 @@ inline long row_cut(const Shape& s, const long* starts, long group, long groups)
 }
 
 inline Part part_of(const Shape& s, const long* starts, long worker, long workers, Barrier* barriers) {
-  long teams = s.directions == 2 && workers % 2 == 0 ? 2 : 1, size = workers / teams;
-  long groups = 1, most = s.row_groups(size);
-  for (long g = 2; g <= most; ++g)
-    if (g * min(size / g, s.units) >= groups * min(size / groups, s.units)) groups = g;
+  long splits = s.directions == 2 && workers % 2 == 0 ? 2 : 1, size = workers / splits;  // each direction has its threads
+  long teams = 1, most = s.teams(size);
+  for (long n = 2; n <= most; ++n)
+    if (n * min(size / n, s.H_chunks) >= teams * min(size / teams, s.H_chunks)) teams = n;
   Part p{};
-  long team = worker / size, place = worker % size;
-  p.groups = groups, p.members = min(size / groups, s.units);
-  p.group = place / p.members, p.member = place % p.members;
-  p.is_idle = p.group >= groups;
-  p.direction = teams == 2 ? team : 0, p.end_direction = teams == 2 ? team + 1 : s.directions;
+  long split = worker / size, place = worker % size;
+  p.teams = teams, p.members = min(size / teams, s.H_chunks);
+  p.team = place / p.members, p.member = place % p.members;
+  p.is_idle = p.team >= teams;
+  p.direction = splits == 2 ? split : 0, p.end_direction = splits == 2 ? split + 1 : s.directions;
   if (p.is_idle) return p;
-  p.row = row_cut(s, starts, p.group, groups), p.end_row = row_cut(s, starts, p.group + 1, groups);
-  p.barrier = barriers + 1 + team * size + p.group;
+  p.row = first_row(s, starts, p.team, teams), p.end_row = first_row(s, starts, p.team + 1, teams);
+  p.barrier = barriers + 1 + split * size + p.team;
   return p;
 }
 

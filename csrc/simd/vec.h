@@ -8,7 +8,7 @@
 
 namespace ISA {
 
-template <class T> struct Raw;
+template <class E> struct Raw;
 template <> struct Raw<float> {
   typedef float type __attribute__((vector_size(VECTOR_BYTES)));
   typedef float loose __attribute__((vector_size(VECTOR_BYTES), aligned(4)));
@@ -20,7 +20,7 @@ template <> struct Raw<double> {
   typedef int64_t bits __attribute__((vector_size(VECTOR_BYTES)));
 };
 
-// Two bfloat16 numbers side by side, successive ones of a sum: what AVX512_BF16 multiplies and adds in one instruction.
+// Two bfloat16 numbers side by side, factors of successive terms of a sum: AVX512_BF16 multiplies and adds both at once.
 struct Two {
   uint16_t first, second;
 };
@@ -29,45 +29,49 @@ template <> struct Raw<Two> {
   typedef int32_t loose __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));  // written half by half
 };
 
-template <class T> constexpr int lanes = VECTOR_BYTES / sizeof(T);
+template <class E> constexpr int lanes = VECTOR_BYTES / sizeof(E);
 
-// Columns lie in chunks of one cache line, whatever the vector: chunk / lanes vectors make one.
-template <class T> constexpr int chunk = 64 / sizeof(T);
+// Columns are stored in chunks of one cache line, chunk / lanes vectors each.
+template <class E> constexpr int chunk = 64 / sizeof(E);
 
-template <class T> struct Vec {
-  using Element = T;
-  static constexpr int span = lanes<T>;
-  typename Raw<T>::type v;
+template <class E> struct Vec {
+  using Element = E;
+  static constexpr int span = lanes<E>;
+  typename Raw<E>::type v;
 };
 
-template <class T> INLINE Vec<T> broadcast(T x) { return {x - typename Raw<T>::type{}}; }
-template <class T> INLINE Vec<T> load(const T* p) { return {*(const typename Raw<T>::loose*)p}; }
+template <class E> INLINE Vec<E> broadcast(E x) { return {x - typename Raw<E>::type{}}; }
+template <class E> INLINE Vec<E> load(const E* p) { return {*(const typename Raw<E>::loose*)p}; }
 INLINE Vec<Two> broadcast(Two x) {
   int32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
   return {bits - Raw<Two>::type{}};
 }
-template <class T> INLINE void store(T* p, Vec<T> x) { *(typename Raw<T>::loose*)p = x.v; }
-template <class T> INLINE void add_to(T* p, Vec<T> x) { *(typename Raw<T>::loose*)p += x.v; }
+template <class E> INLINE void store(E* p, Vec<E> x) { *(typename Raw<E>::loose*)p = x.v; }
+template <class E> INLINE void add_to(E* p, Vec<E> x) { *(typename Raw<E>::loose*)p += x.v; }
 
-template <class T> INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) { return {a.v + b.v}; }
-template <class T> INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) { return {a.v - b.v}; }
-template <class T> INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) { return {a.v * b.v}; }
-template <class T> INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) { return {a.v / b.v}; }
-template <class T> INLINE Vec<T> operator-(Vec<T> a) { return {-a.v}; }
-template <class T> INLINE Vec<T> operator+(Vec<T> a, T b) { return a + broadcast(b); }
-template <class T> INLINE Vec<T> operator-(Vec<T> a, T b) { return a - broadcast(b); }
-template <class T> INLINE Vec<T> operator-(Vec<T> a, int b) { return a - T(b); }
-template <class T> INLINE Vec<T> operator*(Vec<T> a, T b) { return a * broadcast(b); }
-template <class T> INLINE Vec<T> operator/(Vec<T> a, T b) { return a / broadcast(b); }
-template <class T> INLINE Vec<T>& operator+=(Vec<T>& a, Vec<T> b) { return a = a + b; }
+template <class E> INLINE Vec<E> operator+(Vec<E> a, Vec<E> b) { return {a.v + b.v}; }
+template <class E> INLINE Vec<E> operator-(Vec<E> a, Vec<E> b) { return {a.v - b.v}; }
+template <class E> INLINE Vec<E> operator*(Vec<E> a, Vec<E> b) { return {a.v * b.v}; }
+template <class E> INLINE Vec<E> operator/(Vec<E> a, Vec<E> b) { return {a.v / b.v}; }
+template <class E> INLINE Vec<E> operator-(Vec<E> a) { return {-a.v}; }
+template <class E> INLINE Vec<E> operator+(Vec<E> a, E b) { return a + broadcast(b); }
+template <class E> INLINE Vec<E> operator-(Vec<E> a, E b) { return a - broadcast(b); }
+template <class E> INLINE Vec<E> operator-(Vec<E> a, int b) { return a - E(b); }
+template <class E> INLINE Vec<E> operator*(Vec<E> a, E b) { return a * broadcast(b); }
+template <class E> INLINE Vec<E> operator/(Vec<E> a, E b) { return a / broadcast(b); }
+template <class E> INLINE Vec<E>& operator+=(Vec<E>& a, Vec<E> b) { return a = a + b; }
 
-// What products of numbers of type E are summed in, and the sum with one more product in each lane.
-template <class E> struct SumOf { using type = E; };
-template <> struct SumOf<Two> { using type = float; };
-template <class E> using Sum = typename SumOf<E>::type;
+// The type in which products of factors of type F are summed; add_product adds one product in each lane.
+template <class F> struct SumOf {
+  using type = F;
+};
+template <> struct SumOf<Two> {
+  using type = float;
+};
+template <class F> using Sum = typename SumOf<F>::type;
 
-template <class T> INLINE void add_product(Vec<T>& sum, Vec<T> a, Vec<T> b) { sum += a * b; }
+template <class E> INLINE void add_product(Vec<E>& sum, Vec<E> a, Vec<E> b) { sum += a * b; }
 #ifdef HAS_DOT_PRODUCTS
 INLINE void add_product(Vec<float>& sum, Vec<Two> a, Vec<Two> b) { sum.v = DOT_PRODUCT(sum.v, a.v, b.v); }
 constexpr bool has_dot_products = true;
@@ -75,29 +79,33 @@ constexpr bool has_dot_products = true;
 constexpr bool has_dot_products = false;
 #endif
 
-template <class T> constexpr bool can_pair = has_dot_products && sizeof(T) == sizeof(Two);
+template <class E> constexpr bool can_pair = has_dot_products && sizeof(E) == sizeof(Two);
 
 // A NaN compares false: it takes the second value.
-template <class T> INLINE Vec<T> where_at_most(Vec<T> a, T bound, Vec<T> yes, Vec<T> no) {
+template <class E> INLINE Vec<E> where_at_most(Vec<E> a, E bound, Vec<E> yes, Vec<E> no) {
   return {a.v <= broadcast(bound).v ? yes.v : no.v};
 }
-template <class T> INLINE Vec<T> clamp(Vec<T> x, T low, T high) {
+template <class E> INLINE Vec<E> clamp(Vec<E> x, E low, E high) {
   x = where_at_most(x, low, broadcast(low), x);
   return {x.v > broadcast(high).v ? broadcast(high).v : x.v};
 }
 
-// Two vectors side by side, whose operations take turns. A cell is a long chain of operations, each of which needs the
-// one before: half of it is as much as a processor looks ahead, so that the second vector must not come after the first.
-template <class T> struct Twin {
-  using Element = T;
-  static constexpr int span = 2 * lanes<T>;
-  Vec<T> low, high;
+// Two vectors side by side, whose operations alternate. A cell is a long chain of dependent operations, and a processor looks
+// ahead about half of it: the second vector must not wait for the end of the first.
+template <class E> struct Twin {
+  using Element = E;
+  static constexpr int span = 2 * lanes<E>;
+  Vec<E> low, high;
 };
 
-// How a chunk is gone through: in one vector, or in twins.
-template <bool is_one, class T> struct SpanOf { using type = Twin<T>; };
-template <class T> struct SpanOf<true, T> { using type = Vec<T>; };
-template <class T> using Span = typename SpanOf<chunk<T> == lanes<T>, T>::type;
+// The unit in which a chunk is processed: one vector, or a twin.
+template <bool is_one, class E> struct SpanOf {
+  using type = Twin<E>;
+};
+template <class E> struct SpanOf<true, E> {
+  using type = Vec<E>;
+};
+template <class E> using Span = typename SpanOf<chunk<E> == lanes<E>, E>::type;
 
 template <class V> INLINE V load_as(const typename V::Element* p) {
   if constexpr (V::span == lanes<typename V::Element>)
@@ -112,56 +120,58 @@ template <class V> INLINE V broadcast_as(typename V::Element x) {
     return {broadcast(x), broadcast(x)};
 }
 
-template <class T> INLINE void store(T* p, Twin<T> x) { store(p, x.low), store(p + lanes<T>, x.high); }
-template <class T> INLINE void add_to(T* p, Twin<T> x) { add_to(p, x.low), add_to(p + lanes<T>, x.high); }
+template <class E> INLINE void store(E* p, Twin<E> x) { store(p, x.low), store(p + lanes<E>, x.high); }
+template <class E> INLINE void add_to(E* p, Twin<E> x) { add_to(p, x.low), add_to(p + lanes<E>, x.high); }
 
-template <class T> INLINE Vec<T> fold(Vec<T> x) { return x; }
-template <class T> INLINE Vec<T> fold(Twin<T> x) { return x.low + x.high; }
+template <class E> INLINE Vec<E> fold(Vec<E> x) { return x; }
+template <class E> INLINE Vec<E> fold(Twin<E> x) { return x.low + x.high; }
 
-#define TWINNED(op)                                                                                              \
-  template <class T> INLINE Twin<T> operator op(Twin<T> a, Twin<T> b) { return {a.low op b.low, a.high op b.high}; } \
-  template <class T> INLINE Twin<T> operator op(Twin<T> a, T b) { return {a.low op b, a.high op b}; }
+#define TWINNED(op)                                                                                                  \
+  template <class E> INLINE Twin<E> operator op(Twin<E> a, Twin<E> b) { return {a.low op b.low, a.high op b.high}; } \
+  template <class E> INLINE Twin<E> operator op(Twin<E> a, E b) { return {a.low op b, a.high op b}; }
 TWINNED(+)
 TWINNED(-)
 TWINNED(*)
 TWINNED(/)
 #undef TWINNED
-template <class T> INLINE Twin<T> operator-(Twin<T> a) { return {-a.low, -a.high}; }
-template <class T> INLINE Twin<T> operator-(Twin<T> a, int b) { return a - T(b); }
-template <class T> INLINE Twin<T>& operator+=(Twin<T>& a, Twin<T> b) { return a = a + b; }
-template <class T> INLINE Twin<T> where_at_most(Twin<T> a, T bound, Twin<T> yes, Twin<T> no) {
+template <class E> INLINE Twin<E> operator-(Twin<E> a) { return {-a.low, -a.high}; }
+template <class E> INLINE Twin<E> operator-(Twin<E> a, int b) { return a - E(b); }
+template <class E> INLINE Twin<E>& operator+=(Twin<E>& a, Twin<E> b) { return a = a + b; }
+template <class E> INLINE Twin<E> where_at_most(Twin<E> a, E bound, Twin<E> yes, Twin<E> no) {
   return {where_at_most(a.low, bound, yes.low, no.low), where_at_most(a.high, bound, yes.high, no.high)};
 }
-template <class T> INLINE Twin<T> clamp(Twin<T> x, T low, T high) { return {clamp(x.low, low, high), clamp(x.high, low, high)}; }
+template <class E> INLINE Twin<E> clamp(Twin<E> x, E low, E high) {
+  return {clamp(x.low, low, high), clamp(x.high, low, high)};
+}
 
-// Two rows of a square, `apart` from one another, after the blocks of so many columns off the diagonal have changed places.
-template <int apart, class T, int... lane>
-INLINE void exchange(Vec<T>& upper, Vec<T>& lower, std::integer_sequence<int, lane...>) {
-  constexpr int n = lanes<T>;
+// Exchanges blocks of `apart` columns off the diagonal between two rows of a square that lie `apart` rows from each other.
+template <int apart, class E, int... lane>
+INLINE void exchange(Vec<E>& upper, Vec<E>& lower, std::integer_sequence<int, lane...>) {
+  constexpr int n = lanes<E>;
 #if defined(__clang__)
-  Vec<T> up{__builtin_shufflevector(upper.v, lower.v, (lane & apart ? n + lane - apart : lane)...)};
-  Vec<T> low{__builtin_shufflevector(upper.v, lower.v, (lane & apart ? n + lane : lane + apart)...)};
+  Vec<E> up{__builtin_shufflevector(upper.v, lower.v, (lane & apart ? n + lane - apart : lane)...)};
+  Vec<E> low{__builtin_shufflevector(upper.v, lower.v, (lane & apart ? n + lane : lane + apart)...)};
 #else
-  using Bits = typename Raw<T>::bits;
-  Vec<T> up{__builtin_shuffle(upper.v, lower.v, Bits{(lane & apart ? n + lane - apart : lane)...})};
-  Vec<T> low{__builtin_shuffle(upper.v, lower.v, Bits{(lane & apart ? n + lane : lane + apart)...})};
+  using Bits = typename Raw<E>::bits;
+  Vec<E> up{__builtin_shuffle(upper.v, lower.v, Bits{(lane & apart ? n + lane - apart : lane)...})};
+  Vec<E> low{__builtin_shuffle(upper.v, lower.v, Bits{(lane & apart ? n + lane : lane + apart)...})};
 #endif
   upper = up, lower = low;
 }
 
-// Turns a square of rows into its columns: blocks of one, two, four ... columns change places.
-template <int apart = 1, class T> INLINE void transpose(Vec<T>* rows) {
-  if constexpr (apart < lanes<T>) {
+// Transposes a square of lanes x lanes numbers: blocks of one, two, four ... columns are exchanged.
+template <int apart = 1, class E> INLINE void transpose(Vec<E>* rows) {
+  if constexpr (apart < lanes<E>) {
 #pragma GCC unroll 16
-    for (int r = 0; r < lanes<T>; ++r)
-      if (!(r & apart)) exchange<apart>(rows[r], rows[r + apart], std::make_integer_sequence<int, lanes<T>>{});
+    for (int r = 0; r < lanes<E>; ++r)
+      if (!(r & apart)) exchange<apart>(rows[r], rows[r + apart], std::make_integer_sequence<int, lanes<E>>{});
     transpose<2 * apart>(rows);
   }
 }
 
-template <class T> INLINE T sum(Vec<T> x) {
-  T total = x.v[0];
-  for (int l = 1; l < lanes<T>; ++l) total += x.v[l];
+template <class E> INLINE E sum(Vec<E> x) {
+  E total = x.v[0];
+  for (int l = 1; l < lanes<E>; ++l) total += x.v[l];
   return total;
 }
 

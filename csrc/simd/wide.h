@@ -5,7 +5,7 @@
 #define TILE_ROWS 3
 #define ACCUMULATORS 6
 #define HAS_DOT_PRODUCTS
-#define DOT_PRODUCT(sum, a, b)                                                                        \
+#define DOT_PRODUCT(sum, a, b)                                                       \
   ((sum) + (Raw<float>::type)((a) & -0x10000) * (Raw<float>::type)((b) & -0x10000) + \
    (Raw<float>::type)((a) << 16) * (Raw<float>::type)((b) << 16))
 #include "vec.h"

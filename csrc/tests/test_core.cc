@@ -1,5 +1,5 @@
-// Sigmoid and tanh in ulps, not-a-number through both, products of every tail, squares transposed, digests: one program for
-// each instruction set, run by tests/test_cpu.py. Prints what failed; exits with the number of failures.
+// Sigmoid and tanh in ulps, NaN through both, products with every tail, transposed squares, digests, saved bytes: one program for each
+// instruction set, run by tests/test_cpu.py. Prints what failed; exits with 1 if anything did.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,92 +11,95 @@
 #include "../core/digest.h"
 #include "../core/gemm.h"
 #include "../core/math.h"
-#include "../core/pack.h"
+#include "../core/panels.h"
+#include "../core/pointwise.h"
 
 namespace ISA {
 
 int failures = 0;
 
-template <class T> double ulps(T got, long double want) {
-  T next = sizeof(T) == 4 ? (T)nextafterf((float)fabsl(want), INFINITY) : (T)nextafter((double)fabsl(want), INFINITY);
-  return (double)(fabsl(got - want) / (next - (T)fabsl(want)));
+template <class E> double ulps(E got, long double want) {
+  E next = sizeof(E) == 4 ? (E)nextafterf((float)fabsl(want), INFINITY) : (E)nextafter((double)fabsl(want), INFINITY);
+  return (double)(fabsl(got - want) / (next - (E)fabsl(want)));
 }
 
 // The largest error of a function over [-limit, limit], in steps that double towards zero as well.
-template <class T, class Function, class Truth>
+template <class E, class Function, class Truth>
 void check(const char* name, Function function, Truth truth, double limit, double allowed) {
   double worst = 0, worst_at = 0;
-  auto at = [&](T x) {
-    Twin<T> both = function(Twin<T>{broadcast(x), broadcast(-x)});
+  auto at = [&](E x) {
+    Twin<E> both = function(Twin<E>{broadcast(x), broadcast(-x)});
     double error = fmax(ulps(both.low.v[0], truth((long double)x)), ulps(both.high.v[0], truth(-(long double)x)));
     if (!(error <= worst)) worst = error, worst_at = (double)x;
   };
-  for (int i = -200000; i <= 200000; ++i) at((T)(limit * i / 200000));
-  for (double x = limit; x > 1e-30; x *= 0.97) at((T)x), at((T)-x);
-  bool is_nan = isnan((double)function(broadcast((T)NAN)).v[0]);
-  printf("%s<%zu>: %.2f ulp at %g%s\n", name, sizeof(T), worst, worst_at, is_nan ? "" : ", and loses NaN");
+  for (int i = -200000; i <= 200000; ++i) at((E)(limit * i / 200000));
+  for (double x = limit; x > 1e-30; x *= 0.97) at((E)x), at((E)-x);
+  bool is_nan = isnan((double)function(broadcast((E)NAN)).v[0]);
+  printf("%s<%zu>: %.2f ulp at %g%s\n", name, sizeof(E), worst, worst_at, is_nan ? "" : ", and loses NaN");
   failures += !(worst <= allowed) + !is_nan;
 }
 
-template <class T> void check_functions() {
-  double limit = sizeof(T) == 4 ? 86 : 700;
-  check<T>("sigmoid", [](auto x) { return sigmoid(x); }, [](long double x) { return 1 / (1 + expl(-x)); }, limit, 3.5);
-  check<T>("tanh", [](auto x) { return tanh(x); }, [](long double x) { return tanhl(x); }, limit, 3);
+template <class E> void check_functions() {
+  double limit = sizeof(E) == 4 ? 86 : 700;
+  check<E>("sigmoid", [](auto x) { return sigmoid(x); }, [](long double x) { return 1 / (1 + expl(-x)); }, limit, 3.5);
+  check<E>("tanh", [](auto x) { return tanh(x); }, [](long double x) { return tanhl(x); }, limit, 3);
 }
 
-template <class T> T* numbers(long count) {
-  T* p = (T*)aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64);
-  for (long i = 0; i < count; ++i) p[i] = (T)(rand() % 2001 - 1000) / 1000;
+template <class E> E* numbers(long count) {
+  E* p = (E*)aligned_alloc(64, (count * sizeof(E) + 63) / 64 * 64);
+  for (long i = 0; i < count; ++i) p[i] = (E)(rand() % 2001 - 1000) / 1000;
   return p;
 }
 
-// c [rows, chunks] += a [rows, depth] b, against plain loops. `stride` 1: rows of a one after the other; else a is blocked.
-template <class T, int stride> void check_product(long rows, long chunks, long depth, bool is_added) {
-  constexpr long C = chunk<T>;
-  long across = padded_rows(stride == 1 ? rows : depth), columns = (chunks * C), blocks = ceil_div(stride == 1 ? depth : rows, C);
-  T *a = numbers<T>(blocks * across * C), *b = numbers<T>(chunks * depth * C + C), *c = numbers<T>(rows * columns);
-  T *before = numbers<T>(rows * columns), *squares = numbers<T>(2 * rows * lanes<T>);
+// c [rows, chunks] += a [rows, depth] b, against plain loops. `k_stride` 1: rows of a one after the other; else a is blocked.
+template <class E, int k_stride> void check_product(long rows, long chunks, long depth, bool is_added) {
+  constexpr long C = chunk<E>;
+  long across = padded_rows(k_stride == 1 ? rows : depth), columns = (chunks * C),
+       blocks = ceil_div(k_stride == 1 ? depth : rows, C);
+  E *a = numbers<E>(blocks * across * C), *b = numbers<E>(chunks * depth * C + C), *c = numbers<E>(rows * columns);
+  E *before = numbers<E>(rows * columns), *squares = numbers<E>(2 * rows * lanes<E>);
   long *left = (long*)malloc(rows * sizeof(long)), *target = (long*)malloc(rows * sizeof(long));
-  memcpy(before, c, rows * columns * sizeof(T));
-  memset(squares, 0, 2 * rows * lanes<T> * sizeof(T));
+  memcpy(before, c, rows * columns * sizeof(E));
+  memset(squares, 0, 2 * rows * lanes<E> * sizeof(E));
   for (long r = 0; r < rows; ++r) {
-    left[r] = stride == 1 ? r * C : r / C * across * C + r % C;
+    left[r] = k_stride == 1 ? r * C : r / C * across * C + r % C;
     target[r] = r * columns;
   }
-  multiply<T, stride>({a, left, stride == 1 ? across * C : C * C}, rows, {b, depth * C}, chunks, depth, {c, target, C},
-                      is_added, {squares, rows * lanes<T>, 2, 0, 0});
+  multiply<E, k_stride>({a, left, k_stride == 1 ? across * C : C * C}, rows, {b, depth * C}, chunks, depth, {c, target, C},
+                        is_added, {squares, rows * lanes<E>, 2, 0, 0});
   for (long r = 0; r < rows; ++r) {
     double square[2] = {0, 0}, got[2] = {0, 0};
     for (long n = 0; n < columns; ++n) {
       double want = is_added ? before[r * columns + n] : 0, size = 1;
       for (long k = 0; k < depth; ++k) {
-        double x = stride == 1 ? a[(k / C * across + r) * C + k % C] : a[left[r] + k * C];
+        double x = k_stride == 1 ? a[(k / C * across + r) * C + k % C] : a[left[r] + k * C];
         want += x * b[(n / C * depth + k) * C + n % C];
         size += fabs(x);
       }
       square[n / C % 2] += want * want;
-      if (!(fabs(c[r * columns + n] - want) <= size * (sizeof(T) == 4 ? 1e-6 : 1e-14))) {
-        printf("product<%zu> %ldx%ldx%ld stride %d: (%ld, %ld) is %g, not %g\n", sizeof(T), rows, chunks, depth, stride, r, n,
-               (double)c[r * columns + n], want);
+      if (!(fabs(c[r * columns + n] - want) <= size * (sizeof(E) == 4 ? 1e-6 : 1e-14))) {
+        printf("product<%zu> %ldx%ldx%ld k_stride %d: (%ld, %ld) is %g, not %g\n", sizeof(E), rows, chunks, depth, k_stride, r,
+               n, (double)c[r * columns + n], want);
         ++failures;
         r = rows - 1, n = columns;
       }
     }
     for (int g = 0; g < 2; ++g) {
-      for (int l = 0; l < lanes<T>; ++l) got[g] += squares[(g * rows + r) * lanes<T> + l];
-      if (!(fabs(got[g] - square[g]) <= (1 + square[g]) * (sizeof(T) == 4 ? 1e-4 : 1e-12))) ++failures, printf("squares differ\n");
+      for (int l = 0; l < lanes<E>; ++l) got[g] += squares[(g * rows + r) * lanes<E> + l];
+      if (!(fabs(got[g] - square[g]) <= (1 + square[g]) * (sizeof(E) == 4 ? 1e-4 : 1e-12)))
+        ++failures, printf("squares differ\n");
     }
   }
   free(a), free(b), free(c), free(before), free(squares), free(left), free(target);
 }
 
-template <class T> void check_products() {
+template <class E> void check_products() {
   for (long rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 33})
     for (long chunks : {1, 2, 3, 4, 5, 7})
       for (long depth : {1, 2, 7, 15, 16, 17, 33, 256, 257, 300})
         for (bool is_added : {false, true}) {
-          check_product<T, 1>(rows, chunks, depth, is_added);
-          check_product<T, chunk<T>>(rows, chunks, depth, is_added);
+          check_product<E, 1>(rows, chunks, depth, is_added);
+          check_product<E, chunk<E>>(rows, chunks, depth, is_added);
         }
 }
 
@@ -138,14 +141,14 @@ void check_all_pairs() {
 void check_all_pairs() {}
 #endif
 
-template <class T> void check_transposition() {
-  constexpr int C = chunk<T>;
-  T from[C * C], to[C * C];
-  for (int i = 0; i < C * C; ++i) from[i] = (T)i;
+template <class E> void check_transposition() {
+  constexpr int C = chunk<E>;
+  E from[C * C], to[C * C];
+  for (int i = 0; i < C * C; ++i) from[i] = (E)i;
   transpose_block(from, to);
   for (int i = 0; i < C * C; ++i)
     if (to[i] != from[i % C * C + i / C]) {
-      printf("transposed<%zu>: %d is %g\n", sizeof(T), i, (double)to[i]), ++failures;
+      printf("transposed<%zu>: %d is %g\n", sizeof(E), i, (double)to[i]), ++failures;
       break;
     }
 }
@@ -168,8 +171,37 @@ void check_digest() {
   }
 }
 
+// The bound that callers allocate by holds for every N, and is reached.
+template <class E> void check_saved(const char* name, int64_t placement, const Traits& traits) {
+  for (int options = 0; options < 32; ++options) {
+    FestinaCall call{};
+    call.placement = placement, call.rms = options & 1, call.groups = options & 2 ? FESTINA_EACH_GATE : FESTINA_ALL;
+    call.directions = options & 4 ? 2 : 1, call.has_zoneout_cell = options & 8;
+    call.H = options & 16 ? 48 : 17, call.I = 5, call.P = call.H, call.threads = 1;
+    Shape s = shape_of<E>(call, traits);
+    SavedBound bound = saved_bound<E>(s, call);
+    for (long N = 0; N < 100000; N += N < 300 ? 1 : 997) {
+      uint64_t need = saved_bytes<E>(s, call, N), most = bound.fixed + (uint64_t)N * bound.per_row;
+      if (need <= most && (N % 16 != 9 || need == most)) continue;
+      printf("saved<%zu> %s, options %d: N = %ld takes %ld bytes of %ld\n", sizeof(E), name, options, N, (long)need,
+             (long)most);
+      ++failures;
+      break;
+    }
+  }
+}
+
+template <class E> void check_all_saved() {
+#define KERNEL(cell, placement, cell_norm, Cell) \
+  check_saved<E>(#cell " " #placement " " #cell_norm, placement, Pointwise<E, Cell, placement, cell_norm>::traits);
+#include "../kernels.inc"
+#undef KERNEL
+}
+
 int run() {
   check_digest();
+  check_all_saved<float>();
+  check_all_saved<double>();
   check_transposition<float>();
   check_transposition<double>();
   check_all_pairs();

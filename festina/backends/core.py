@@ -1,7 +1,6 @@
 """The compiled core, seen from Python: where the library is, its argument struct, its functions.
 
-`csrc/festina.h` is the other side of this file; its version is asked for once, and checked with the size of the struct at
-every call.
+`csrc/festina.h` is the other side of this file; its version is asked for once.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch  # noqa: F401  its OpenMP must be in the process before the core asks for one, so that they share it
 
-VERSION = 4
+VERSION = 5
 LIBRARY = "libfestina_core.so"
 INFERENCE, TRAINING, BACKWARD = range(3)
 
@@ -44,11 +43,10 @@ class FestinaCall(ctypes.Structure):
     """The one argument of the core."""
 
     _fields_ = [
-        *((name, c_uint64) for name in ("bytes", "version")),
         *(
             (name, c_int64)
             for name in (
-                *("call_pass", "type", "cell", "placement", "groups", "cell_norm", "rms", "directions", "threads"),
+                *("pass", "type", "cell", "placement", "groups", "cell_norm", "rms", "directions", "threads"),
                 *("T", "B", "I", "H", "P", "N"),
             )
         ),
@@ -62,8 +60,8 @@ class FestinaCall(ctypes.Structure):
             )
         ),
         ("parameters", Pointers),
-        *((name, c_void_p) for name in ("output", "h_n", "c_n", "packed")),
-        ("is_packed", c_int64),
+        *((name, c_void_p) for name in ("output", "h_n", "c_n", "panels")),
+        ("has_panels", c_int64),
         *(
             (name, c_void_p)
             for name in (
@@ -78,14 +76,15 @@ class FestinaCall(ctypes.Structure):
 class FestinaBytes(ctypes.Structure):
     """How much memory a call needs."""
 
-    _fields_ = [(name, c_uint64) for name in ("packed", "saved", "workspace")]
+    _fields_ = [(name, c_uint64) for name in ("panels", "saved_fixed", "saved_per_row", "workspace")]
 
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "festina_version": (c_int, []),
+    "festina_layout": (c_char_p, []),
     "festina_bytes": (c_int, [POINTER(FestinaCall), POINTER(FestinaBytes)]),
     "festina_run": (c_int, [c_void_p]),
-    "festina_run_packed": (c_int, [c_void_p, c_void_p, c_int, c_uint64]),
+    "festina_run_panels": (c_int, [c_void_p, c_void_p, c_int, c_uint64]),
     "festina_allocate": (c_void_p, [c_uint64]),
     "festina_free": (None, [c_void_p]),
     "festina_fingerprint": (c_uint64, [POINTER(FestinaCall), Sizes, c_int]),

@@ -24,11 +24,10 @@ CELLS = ("lstm", "gru", "gru_joint", "indrnn", "indrnn_relu")
 PLACEMENTS = ("none", "separate", "joint")
 GROUPS = ("all", "gate", "gates|candidate")
 CELL_NORMS = ("none", "readout", "carried")
-PARTED = {"gru"}
 CACHE_LINE = 64
 MOST_THREADS = 256
 STALE = 2
-"""What `festina_run_packed` returns where the parameters are no longer those that were packed."""
+"""What `festina_run_panels` returns where the parameters are no longer those that were packed."""
 _VERSION = attrgetter("_version")
 MOST_READY = 8
 """Steps of so many kinds, by batch size most of all, are kept ready for one set of packed weights."""
@@ -46,8 +45,6 @@ def constants(layer: LayerSpec) -> dict[str, Any]:
     """The fields of the struct that follow from the layer alone."""
     plan = layer.plan
     return {
-        "bytes": ctypes.sizeof(core.FestinaCall),
-        "version": core.VERSION,
         "cell": CELLS.index(layer.step),
         "placement": PLACEMENTS.index(plan.placement),
         "groups": GROUPS.index(plan.groups),
@@ -77,27 +74,13 @@ def has_zoneout(mask: Tensor | None, rate: float) -> bool:
 
 
 def saved_bytes(call: Call) -> int:
-    """Bytes that training leaves for backward; what `take_saved` in csrc/core/shape.h counts, on symbolic sizes too."""
-    layer, plan = call.layer, call.layer.plan
-    item = 8 if call.input.dtype == torch.float64 else 4
-    chunk = CACHE_LINE // item
-    names, matrix, gates = layer.parameter_names, not layer.cell.diagonal, len(layer.cell.gates)
-    H = call.parameters[0].shape[0] // gates
-    steps = (call.input.shape[0] + 7) // 16 * 16 + 8
-    column = (H + chunk - 1) // chunk * CACHE_LINE * steps
-    sides = 2 if matrix and ("gain_hh" in names or layer.step in PARTED) else 1
-    columns = sides * gates
-    sums = sum(name in names for name in ("gain_ih", "gain_hh", "gain_joint")) * len(plan.spans(gates))
-    if "c" in layer.cell.states:
-        columns += 1 + has_zoneout(call.zoneout_cell_mask, call.zoneout_cell)
-        sums += 2 * (plan.cell != "none")
-    vectors = [sums * steps]
-    if plan.placement != "none" and plan.kind != "rms":
-        groups = len(plan.spans(gates))
-        widths = [call.input.shape[1], call.h_0.shape[2]] if matrix else [call.input.shape[1]]
-        vectors += [groups * width for width in widths]
-    lines = sum((count * item + CACHE_LINE - 1) // CACHE_LINE for count in vectors)
-    return layer.directions * (columns * column + lines * CACHE_LINE)
+    """Bytes that training leaves for backward; N may be symbolic."""
+    N, I = call.input.shape
+    H, P = call.parameters[0].shape[0] // len(call.layer.cell.gates), call.h_0.shape[2]
+    rates = (call.zoneout, call.zoneout_cell)
+    has = (has_zoneout(call.zoneout_mask, call.zoneout), has_zoneout(call.zoneout_cell_mask, call.zoneout_cell))
+    need = template(call.layer, call.input.dtype, core.TRAINING, (0, 0, I, H, P, 0, 1), (*rates, *has))
+    return need.saved_fixed + N * need.saved_per_row
 
 
 class Pointers:
@@ -121,7 +104,8 @@ class Template(NamedTuple):
 
     struct: bytes
     packed: int
-    saved: int
+    saved_fixed: int
+    saved_per_row: int
     workspace: int
 
 
@@ -133,7 +117,6 @@ def template(
     T, B, I, H, P, N, threads = sizes
     zoneout, zoneout_cell, has_h, has_c = rates
     args = core.FestinaCall(
-        call_pass=which,
         type=TYPES[dtype],
         threads=threads,
         T=T,
@@ -146,12 +129,13 @@ def template(
         zoneout_cell=zoneout_cell,
         has_zoneout=int(has_h),
         has_zoneout_cell=int(has_c),
+        **{"pass": which},
         **constants(layer),
     )
     for slot in slots(layer):
         args.parameters[slot] = CACHE_LINE  # any address: sizes depend on which parameters there are
     need = bytes_of(args)
-    return Template(bytes(args), need.packed, need.saved, need.workspace)
+    return Template(bytes(args), need.panels, need.saved_fixed, need.saved_per_row, need.workspace)
 
 
 def struct_of(call: Call, which: int, at: Pointers) -> tuple[core.FestinaCall, Template]:
@@ -338,11 +322,11 @@ class Cpu:
         outputs = new_outputs(call, args)
         marks = marks_of(call.parameters)
         found = self._packed.find(call.layer, call.parameters, marks)
-        args.is_packed = found is not None and found.still_holds(args)
-        packed = found.buffer if found and args.is_packed else POOL.tensor(common.packed)
-        args.packed = packed.data_ptr()
+        args.has_panels = found is not None and found.still_holds(args)
+        packed = found.buffer if found and args.has_panels else POOL.tensor(common.packed)
+        args.panels = packed.data_ptr()
         carry_out(args, workspace=common.workspace)
-        if not args.is_packed:
+        if not args.has_panels:
             self._packed.put(call, marks, args, packed)
         return outputs
 
@@ -405,11 +389,11 @@ class Cpu:
         call.zoneout, call.zoneout_cell = rates
         args, common = struct_of(call, core.INFERENCE, Pointers())
         workspace = POOL.tensor(common.workspace)
-        args.packed, args.is_packed, args.workspace = found.buffer.data_ptr(), 1, workspace.data_ptr()
+        args.panels, args.has_panels, args.workspace = found.buffer.data_ptr(), 1, workspace.data_ptr()
         shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
         is_whole = found.is_read_whole(1)
         run = partial(
-            core.functions().festina_run_packed,
+            core.functions().festina_run_panels,
             *(ctypes.addressof(args), ctypes.addressof(found.sizes), is_whole, found.fingerprints[is_whole]),
         )
         return Ready(shapes, args, run, workspace)
@@ -418,9 +402,9 @@ class Cpu:
         at = Pointers()
         args, common = struct_of(call, core.TRAINING, at)
         outputs = new_outputs(call, args)
-        saved = POOL.tensor(common.saved)
+        saved = POOL.tensor(common.saved_fixed + args.N * common.saved_per_row)
         args.saved = saved.data_ptr()
-        carry_out(args, workspace=common.workspace, packed=common.packed)
+        carry_out(args, workspace=common.workspace, panels=common.packed)
         return outputs, [saved]
 
     def saved_like(self, call: Call) -> list[Tensor]:
@@ -448,7 +432,7 @@ class Cpu:
         for slot, gradient in zip(slots(call.layer), rest, strict=True):
             args.d_parameters[slot] = gradient
         need = bytes_of(args)
-        carry_out(args, workspace=need.workspace, packed=need.packed)
+        carry_out(args, workspace=need.workspace, panels=need.panels)
         return gradients
 
 
