@@ -11,7 +11,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
@@ -19,10 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from festina.backends import core
+from festina.backends.cpu import abi
 
 DEFAULT_MB = 512
 ALIGNMENT = 4096
+SMALL = 64 << 10
+"""Bytes of a tensor that torch's own allocator serves faster: it finds memory that has been touched before."""
+_CPU = torch.device("cpu")  # a default device does not count here
 
 
 class Pool:
@@ -37,27 +40,29 @@ class Pool:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew without freeing anything: after a fork the lock may be held by a thread that is no more."""
+        """Start empty without freeing anything: after a fork, a thread that no longer exists may hold the lock."""
         self._lock = threading.Lock()
         self._free: OrderedDict[int, int] = OrderedDict()  # address: size, the one unused for longest first
+        self._of_size: defaultdict[int, deque[int]] = defaultdict(deque)  # the same addresses, in the same order
         self._returned: deque[tuple[int, int]] = deque()  # on their way into `_free`
         self.idle = 0
 
     def take(self, wanted: int) -> tuple[int, int]:
         """A buffer of at least `wanted` bytes: its address, and the size to give it back with."""
-        size = rounded(wanted)
+        sizes = fitting(wanted)
         with self._lock:
-            self._sort_in()
-            fits = [(have, address) for address, have in self._free.items() if size <= have <= 2 * size]
-            if fits:
-                have, address = min(fits)
-                del self._free[address]
-                self.idle -= have
-                return address, have
-        address = core.functions().festina_allocate(size)
-        if not address:
-            raise MemoryError(f"festina needs a buffer of {size} bytes and the system has none left")
-        return address, size
+            if self._returned:
+                self._sort_in()
+            for size in sizes:
+                if addresses := self._of_size.get(size):
+                    address = addresses.pop()
+                    del self._free[address]
+                    self.idle -= size
+                    return address, size
+        fresh = abi.core().allocate(sizes[0])
+        if not fresh:
+            raise MemoryError(f"festina needs a buffer of {sizes[0]} bytes and the system has none left")
+        return fresh, sizes[0]
 
     def give(self, address: int, size: int) -> None:
         """Take back what `take` handed out. Without waiting: the garbage collector may call it in the middle of `take`."""
@@ -73,15 +78,18 @@ class Pool:
         while self._returned:
             address, size = self._returned.popleft()
             self._free[address] = size
+            self._of_size[size].append(address)
             self.idle += size
-        self._shrink(self.limit)
+        if self.idle > self.limit:
+            self._shrink(self.limit)
 
     def _shrink(self, most: int) -> None:
         """Free what was unused for longest until no more than `most` bytes lie idle; under the lock."""
         while self.idle > most:
-            oldest, its_size = self._free.popitem(last=False)
-            self.idle -= its_size
-            core.functions().festina_free(oldest)
+            address, size = self._free.popitem(last=False)
+            self._of_size[size].popleft()  # the oldest of all is the oldest of its size
+            self.idle -= size
+            abi.core().free(address)
 
     def release(self) -> None:
         """Free every idle buffer."""
@@ -90,20 +98,32 @@ class Pool:
             self._shrink(0)
 
     def tensor(self, wanted: int) -> Tensor:
-        """A `uint8` tensor on a buffer, which goes back when the last tensor on it is dropped."""
-        if not wanted:
-            return torch.empty(0, dtype=torch.uint8)
+        """A `uint8` tensor on a buffer, which goes back when the last tensor on it is dropped; a small one is torch's own."""
+        if wanted <= SMALL:
+            return torch.empty(wanted, dtype=torch.uint8, device=_CPU)
         address, size = self.take(wanted)
         lease = _lease_type(size).from_address(address)
         lease.pool, lease.address = self, address
         return torch.frombuffer(lease, dtype=torch.uint8, count=wanted)
 
 
-@lru_cache(maxsize=4096)
 def rounded(size: int) -> int:
     """`size` rounded up by at most an eighth, so that similar requests share buffers."""
-    step = max(ALIGNMENT, 1 << max(size - 1, 1).bit_length() - 4)
-    return -(-size // step) * step
+    unit = max(ALIGNMENT, 1 << max(size - 1, ALIGNMENT).bit_length() - 4)
+    return -(-size // unit) * unit
+
+
+@lru_cache(maxsize=4096)
+def fitting(wanted: int) -> tuple[int, ...]:
+    """The sizes of buffers that serve a request, the best first: `wanted` rounded, up to twice as much.
+
+    >>> fitting(5000)
+    (8192, 12288, 16384)
+    """
+    sizes = [rounded(max(wanted, 1))]
+    while (larger := rounded(sizes[-1] + 1)) <= 2 * sizes[0]:
+        sizes.append(larger)
+    return tuple(sizes)
 
 
 def _give_back(lease: Any, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:

@@ -1,0 +1,228 @@
+"""What calls of one layer and shape have in common: the core's struct without its tensors, and how much memory they need."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from festina.backends.cpu import abi
+from festina.backends.cpu.memory import POOL
+from festina.call import Call
+from festina.spec import LayerSpec
+
+CACHE_LINE = 64
+WORK_A_THREAD = 40_000
+"""Multiplications; below, waking another thread takes longer than it saves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One kind of call.
+
+    Args:
+        struct: the core's struct as bytes, without tensors.
+        places: the word of the struct for the address of each tensor: `operands`, then what the pass adds. A forward pass
+            adds output, h_n, c_n and, in training, saved; backward adds output, saved, the gradients of output, h_n and
+            c_n, and those of the operands from the input on.
+        panels, workspace: bytes of the buffers.
+        saved_fixed, saved_per_row: training keeps `saved_fixed + N * saved_per_row` bytes.
+    """
+
+    struct: bytes
+    places: tuple[int, ...]
+    panels: int
+    workspace: int
+    saved_fixed: int
+    saved_per_row: int
+
+
+def threads_for(layer: LayerSpec, N: int, I: int, H: int, P: int) -> int:
+    """How many of torch's threads a call is worth."""
+    terms = I + (1 if layer.cell.diagonal else P)
+    work = len(layer.cell.gates) * H * terms * N * layer.directions
+    return max(1, min(torch.get_num_threads(), abi.core().layout.constants["most_threads"], work // WORK_A_THREAD))
+
+
+def short(dtype: torch.dtype) -> str:
+    """The name of a dtype in the core: `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def constants(layer: LayerSpec) -> dict[str, Any]:
+    """The fields of the struct that follow from the layer alone."""
+    plan, values = layer.plan, abi.core().layout.values
+    return {
+        "cell": values["cell"][layer.step],
+        "placement": values["placement"][plan.placement],
+        "groups": values["groups"][plan.groups],
+        "cell_norm": values["cell_norm"][plan.cell],
+        "rms": int(plan.kind == "rms"),
+        "directions": layer.directions,
+        "eps": plan.eps,
+    }
+
+
+@cache
+def slots(layer: LayerSpec) -> tuple[int, ...]:
+    """Where each of a call's parameters stands among those of the struct."""
+    known = abi.core().layout.parameters
+    return tuple(d * len(known) + known[name] for d in range(layer.directions) for name in layer.parameter_names)
+
+
+@cache
+def places(layer: LayerSpec, which: str) -> tuple[int, ...]:
+    """`Plan.places` of a pass."""
+    at, inputs = abi.core().at, ("input", "h_0", "c_0")
+
+    def words(*names: str) -> list[int]:
+        return [at[name] for name in names]
+
+    taken = words("batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask", *inputs)
+    taken += [at["parameters"] + slot for slot in slots(layer)]
+    if which == abi.BACKWARD:
+        given = words("output", "saved", "d_output", "d_h_n", "d_c_n", *("d_" + name for name in inputs))
+        given += [at["d_parameters"] + slot for slot in slots(layer)]
+    else:
+        given = words("output", "h_n", "c_n", "saved")
+    return (*taken, *given)
+
+
+@lru_cache(maxsize=256)
+def make_plan(
+    token: str,
+    which: str,
+    dtype: torch.dtype,
+    input: torch.Size,
+    h_0: torch.Size,
+    weight_ih: torch.Size,
+    T: int | None,
+    has_masks: tuple[bool, bool],
+    rates: tuple[float, float],
+    threads: int,
+    wanted: tuple[bool, ...],
+) -> Plan:
+    """The plan of calls to the layer of that token whose tensors have these shapes.
+
+    Args:
+        T: the length of `batch_sizes`; None if every row runs to the end.
+        has_masks: of Zoneout on h and on c.
+        threads: torch's; here for the sake of the cache alone.
+        wanted: the gradients that backward computes, of input, states and parameters.
+    """
+    layer, core = LayerSpec.parse(token), abi.core()
+    N, I = input
+    _, B, P = h_0
+    H = weight_ih[0] // len(layer.cell.gates)
+    fields = dict(
+        type=core.layout.values["type"][short(dtype)],
+        threads=threads_for(layer, N, I, H, P),
+        T=T if T is not None else N // B if B else 0,
+        B=B,
+        I=I,
+        H=H,
+        P=P,
+        N=N,
+        zoneout=rates[0],
+        zoneout_cell=rates[1],
+        has_zoneout=int(has_masks[0] or rates[0] != 0),
+        has_zoneout_cell=int(has_masks[1] or rates[1] != 0),
+        **constants(layer),
+    )
+    fields["pass"] = core.layout.values["pass"][which]
+    call, need = core.call(**fields), core.need()
+    struct = bytes(call)
+    # Sizes depend on which parameters and gradients there are: any address stands for those.
+    for slot in slots(layer):
+        call.parameters[slot] = CACHE_LINE
+    names = ["d_input", "d_h_0", *(["d_c_0"] if "c" in layer.cell.states else [])]
+    for name, want in zip(names, wanted):
+        setattr(call, name, CACHE_LINE if want else None)
+    for slot, want in zip(slots(layer), wanted[len(names) :]):
+        call.d_parameters[slot] = CACHE_LINE if want else None
+    if core.bytes(ctypes.byref(call), ctypes.byref(need)):
+        raise core.error()
+    workspace = -(-need.workspace // CACHE_LINE) * CACHE_LINE  # panels lie behind it
+    return Plan(struct, places(layer, which), need.panels, workspace, need.saved_fixed, need.saved_per_row)
+
+
+def plan_for(call: Call, which: str, wanted: tuple[bool, ...] = ()) -> Plan:
+    """The plan of one pass of a call."""
+    batch = call.batch_sizes
+    return make_plan(
+        call.layer.token,
+        which,
+        call.input.dtype,
+        call.input.shape,
+        call.h_0.shape,
+        call.parameters[0].shape,
+        None if batch is None else batch.shape[0],
+        (call.zoneout_mask is not None, call.zoneout_cell_mask is not None),
+        (call.zoneout, call.zoneout_cell),
+        torch.get_num_threads(),
+        wanted,
+    )
+
+
+def saved_bytes(call: Call) -> int:
+    """Bytes that training leaves for backward. N, T and B may be symbolic: only the parameters' sizes count besides N."""
+    layer, weight = call.layer, call.parameters[0]
+    rows, I = map(int, weight.shape)
+    of_h = layer.parameter_names.index("weight_hr") if layer.projected else None
+    P = rows // len(layer.cell.gates) if of_h is None else int(call.parameters[of_h].shape[0])
+    plan = make_plan(
+        layer.token,
+        abi.TRAINING,
+        call.input.dtype,
+        torch.Size((1, I)),
+        torch.Size((layer.directions, 1, P)),
+        torch.Size((rows, I)),
+        None,
+        (call.zoneout_mask is not None, call.zoneout_cell_mask is not None),
+        (call.zoneout, call.zoneout_cell),
+        1,
+        (),
+    )
+    return plan.saved_fixed + call.input.shape[0] * plan.saved_per_row
+
+
+def operands(call: Call) -> tuple[Tensor | None, ...]:
+    """The tensors of a call in the order of `Plan.places`."""
+    return (
+        *(call.batch_sizes, call.resets, call.zoneout_mask, call.zoneout_cell_mask),
+        *(call.input, call.h_0, call.c_0, *call.parameters),
+    )
+
+
+def bind(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[Any, list[Tensor]]:
+    """The struct with the addresses of `tensors`, which stand in the order of `plan.places`; and the copies it points to.
+
+    A tensor that is not contiguous is copied; None is absent.
+    """
+    words, copies = abi.core().words.from_buffer_copy(plan.struct), []
+    for place, tensor in zip(plan.places, tensors):
+        if tensor is not None:
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()
+                copies.append(tensor)
+            words[place] = tensor.data_ptr()
+    return words, copies
+
+
+def carry_out(plan: Plan, tensors: Sequence[Tensor | None]) -> None:
+    """Run a pass of which nothing but the `tensors` is kept."""
+    core = abi.core()
+    words, _copies = bind(plan, tensors)
+    address, size = POOL.take(plan.workspace + plan.panels)
+    try:
+        words[core.at["workspace"]], words[core.at["panels"]] = address, address + plan.workspace
+        if core.run(words):
+            raise core.error()
+    finally:
+        POOL.give(address, size)

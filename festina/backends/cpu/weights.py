@@ -1,0 +1,161 @@
+"""Weights laid out in panels, the order in which kernels read them, kept between inference calls; and prepared steps.
+
+docs/decisions/0004-panels-of-weights.md says when they are used again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from festina.backends.cpu import abi
+from festina.backends.cpu.memory import POOL
+from festina.backends.cpu.plans import bind, operands, plan_for, slots
+from festina.call import Call
+from festina.spec import LayerSpec
+
+MOST_READY = 8
+"""At most this many kinds of prepared steps, which differ in batch size most of all, are kept for one set of panels."""
+MOST_READY_BYTES = 1 << 20
+"""A step that needs more workspace is not kept: it takes long enough to be prepared again."""
+STEPS_WHOLE, BYTES_WHOLE = 8, 128 << 10
+"""Before panels are used again, all values of the parameters are read for calls of this many steps and more, or if the
+parameters are at most this large; else a few values of each, as reading all would take as long as a step."""
+_VERSION = attrgetter("_version")
+
+
+class Ready(NamedTuple):
+    """A prepared step, which lacks only its tensors."""
+
+    shapes: list[torch.Size]  # of the state
+    args: Any
+    run: Callable[[], int]
+    workspace: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Panels, and what tells whether the parameters still hold the weights that filled them.
+
+    Args:
+        marks: `marks_of` the parameters when the panels were filled.
+        fingerprints: of a few values of each, and of all.
+        sizes: of each in bytes, by slot.
+        is_small: all values are read before any call.
+        ready: prepared steps by what they have in common. A call takes one out and puts it back.
+    """
+
+    parameters: list[weakref.ref[Tensor]]
+    marks: tuple[Any, ...]
+    fingerprints: tuple[int, int]
+    sizes: Any
+    is_small: bool
+    buffer: Tensor
+    ready: dict[tuple[Any, ...], list[Ready]]
+
+    def run(self, words: Any, T: int) -> bool:
+        """Run a call of T steps on the panels. False, with nothing done, if the parameters have changed."""
+        core = abi.core()
+        words[core.at["has_panels"]], words[core.at["panels"]] = 1, self.buffer.data_ptr()
+        is_whole = self.is_small or T >= STEPS_WHOLE
+        status = core.run_panels(words, self.sizes, is_whole, self.fingerprints[is_whole])
+        if status and status != core.stale:
+            raise core.error()
+        return not status
+
+    def put_back(self, key: tuple[Any, ...], ready: Ready) -> None:
+        """Keep a step for the next call that has `key`, in place of those of the oldest key if there are too many."""
+        if ready.workspace.nbytes > MOST_READY_BYTES:
+            return
+        waiting = self.ready.get(key)
+        if waiting is None:
+            if len(self.ready) >= MOST_READY:
+                oldest, *_ = list(self.ready)  # a copy: other threads may change the dict
+                self.ready.pop(oldest, None)
+            waiting = self.ready.setdefault(key, [])
+        waiting.append(ready)
+
+
+def marks_of(parameters: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What tells quickly that parameters have changed; empty if no version could tell.
+
+    `p.data = other` changes an address alone, `p.data = p.data.t()` of a square matrix not even that.
+    """
+    try:
+        return (
+            *map(_VERSION, parameters),
+            *map(Tensor.data_ptr, parameters),
+            *map(Tensor.is_contiguous, parameters),
+        )
+    except RuntimeError:  # tensors made in inference mode have no version, and some tensors no address
+        return ()
+
+
+class PanelCache:
+    """Panels, one set for a layer and its parameters, dropped with any of them.
+
+    A parameter counts as unchanged while it is the same object with the same marks and the same fingerprint. The
+    fingerprint is there for writes through `.data`, which leave the version alone.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], Panels] = {}
+
+    def find(self, layer: LayerSpec, parameters: Sequence[Tensor], marks: tuple[Any, ...]) -> Panels | None:
+        """The panels filled from these parameters when they had these marks; `Panels.run` looks at the fingerprint."""
+        found = self._found.get((layer.token, *map(id, parameters)))
+        return found if found is not None and found.marks == marks else None
+
+    def release(self) -> None:
+        """Free the memory of prepared steps."""
+        for panels in list(self._found.values()):
+            panels.ready.clear()
+
+    def put(self, call: Call, marks: tuple[Any, ...], words: Any, buffer: Tensor) -> None:
+        """Keep panels filled from parameters that had these marks, unless nothing could tell when one of them changes."""
+        parameters, found = call.parameters, self._found
+        if not marks or not all(p.is_contiguous() for p in parameters):
+            return
+        key, core = (call.layer.token, *map(id, parameters)), abi.core()
+        sizes = core.sizes()
+        for slot, parameter in zip(slots(call.layer), parameters):
+            sizes[slot] = parameter.nbytes
+        few, every = (core.fingerprint(words, sizes, is_whole) for is_whole in (False, True))
+
+        def drop(_: weakref.ref[Tensor]) -> None:  # comes before another object is given the id
+            found.pop(key, None)
+
+        kept = [weakref.ref(p, drop) for p in parameters]
+        found[key] = Panels(kept, marks, (few, every), sizes, sum(sizes) <= BYTES_WHOLE, buffer, {})
+
+
+def prepare(
+    layer: LayerSpec, parameters: Sequence[Tensor], input: Tensor, rates: tuple[float, float], panels: Panels
+) -> Ready | None:
+    """What steps of these sizes have in common; None if the sizes or types do not fit."""
+    if input.dim() != 2:
+        return None
+    B, I = input.shape
+    weight = parameters[0]
+    if not (B > 0 and weight.shape[1] == I and all(p.dtype == input.dtype and p.is_cpu for p in parameters)):
+        return None
+    H = weight.shape[0] // len(layer.cell.gates)
+    P = parameters[layer.parameter_names.index("weight_hr")].shape[0] if layer.projected else H
+    call = Call(layer=layer, input=input, h_0=input.new_empty(1, B, P), parameters=tuple(parameters))
+    call.zoneout, call.zoneout_cell = rates
+    plan, core = plan_for(call, abi.INFERENCE), abi.core()
+    words, _ = bind(plan, operands(call))
+    args, workspace = core.call.from_buffer(words), POOL.tensor(plan.workspace)
+    args.panels, args.has_panels, args.workspace = panels.buffer.data_ptr(), 1, workspace.data_ptr()
+    shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
+    addresses = ctypes.addressof(args), ctypes.addressof(panels.sizes)
+    run = partial(core.run_panels, *addresses, panels.is_small, panels.fingerprints[panels.is_small])
+    return Ready(shapes, args, run, workspace)

@@ -1,0 +1,84 @@
+"""What the tests of the compiled core share: the backend without operators, its error, cases, instruction sets."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from festina import norms, reference
+from festina.backends.cpu import CPU, abi
+from festina.call import Call
+from festina.testing import Case, evaluate, widened, worst
+
+needs_core = pytest.mark.skipif(abi.library().core is None, reason=str(abi.library().reason))
+ROOT = Path(__file__).parents[2]
+MARGIN = 10
+
+
+class Recurrence(torch.autograd.Function):
+    """The backend under autograd, without the operators."""
+
+    @staticmethod
+    def forward(ctx, call, *tensors):
+        outputs, saved = CPU.forward_train(call.with_tensors(tensors))
+        ctx.call = call.with_tensors(tensors)
+        ctx.outputs, ctx.saved = outputs, saved
+        return tuple(out for out in outputs if out is not None)
+
+    @staticmethod
+    def backward(ctx, *d_outputs):
+        d_outputs = (*d_outputs, None)[:3]
+        return None, *CPU.backward(ctx.call, ctx.outputs, ctx.saved, d_outputs, ctx.needs_input_grad[1:])
+
+
+def run(call: Call):
+    outputs = Recurrence.apply(call, *call.tensors())
+    return (*outputs, None)[:3]
+
+
+def differs(case: Case) -> tuple[float, str]:
+    call, cotangents = case.build()
+    return worst(evaluate(run, call, cotangents), evaluate(reference.run, widened(call), cotangents))
+
+
+def errors(case: Case) -> tuple[float, float, str]:
+    """The worst error against float64, eager's own worst, and the name of what ours is in."""
+    call, cotangents = case.build()
+    want = evaluate(reference.run, widened(call), cotangents)
+    ours, name = worst(evaluate(run, call, cotangents), want)
+    return ours, worst(evaluate(reference.run, call, cotangents), want)[0], name
+
+
+INNER = next(plan for plan in norms.PLANS.values() if plan.inner_bias and not plan.inner_bias_hh)
+
+# Rows and units enough to be split among threads in either way, and not evenly.
+SPLIT = [
+    Case("lstm", norms.HASTE, T=5, B=3, I=9, H=70, features=("zoneout", "resets")),
+    Case("lstm", norms.HASTE, T=5, B=37, I=9, H=40, features=("ragged", "resets", "bidirectional")),
+    Case("lstm", norms.HASTE, T=5, B=101, I=9, H=40, features=("ragged", "resets")),
+    Case("lstm", norms.ICEFALL, T=5, B=2, I=9, H=70, P=33, features=("bidirectional", "zoneout_cell")),
+    Case("lstm", norms.FASTRNNS, T=5, B=17, I=9, H=33, features=("expectation", "idle", "ragged")),
+    Case("lstm", norms.NONE, T=4, B=1, I=9, H=70, P=5),
+    Case("gru", norms.HASTE, T=5, B=3, I=9, H=70, features=("ragged", "zoneout")),
+    Case("gru", norms.NONE, T=5, B=131, I=9, H=33, features=("bidirectional",)),
+    Case("gru", norms.DREAMER, T=5, B=3, I=9, H=70, features=("resets",)),
+    Case("indrnn", norms.HASTE, T=5, B=3, I=9, H=70, features=("resets", "bidirectional")),
+    Case("indrnn_relu", norms.NONE, T=5, B=17, I=9, H=33),
+]
+
+
+def isas() -> list[str]:
+    """The instruction sets that this machine runs."""
+    core = abi.library().core
+    return core.isas(runnable=True) if core else []
+
+
+def compiled(*arguments: str) -> None:
+    """Run g++ on these arguments, with what every part of the core is compiled with."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("there is no g++")
+    subprocess.run([compiler, "-std=gnu++17", "-fno-math-errno", "-fno-trapping-math", *arguments], check=True)

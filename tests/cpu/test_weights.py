@@ -1,0 +1,265 @@
+"""Panels: when they are used again, and the short way of a step that rests on them."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from on_core import needs_core
+
+import festina
+from festina import backends, dispatch, norms
+from festina.backends.cpu import CPU, weights
+from festina.backends.cpu.weights import marks_of
+from festina.testing import Case
+
+pytestmark = needs_core
+
+
+def test_panels_follow_the_parameters():
+    call, _ = Case("lstm", norms.HASTE, T=2, B=3, H=9).build()
+    weight = call.parameters[0]
+
+    def fresh():
+        return CPU.forward(call.with_tensors([t.clone() for t in call.tensors()]))[0]
+
+    before = CPU.forward(call)[0]
+    assert torch.equal(CPU.forward(call)[0], before)
+    for change in (lambda: weight.mul_(1.5), lambda: weight.data.add_(0.5), lambda: weight.set_(weight + 1)):
+        change()
+        now = CPU.forward(call)[0]
+        assert not torch.equal(now, before)
+        assert torch.equal(now, fresh())
+        before = now
+
+
+@pytest.mark.parametrize(("kind", "H", "T"), [(festina.LayerNormLSTM, 100, 8), (festina.LayerNormGRU, 60, 1)])
+def test_one_value_written_through_data_is_seen(kind, H, T):
+    """By layers of any size over 8 steps, and by small ones over fewer, steps of their cells included."""
+    layer = kind(H, H)
+    cell, x = layer.cell(), torch.randn(T, 2, H)
+
+    def outputs():
+        return layer(x)[0] if T > 1 else torch.cat([layer(x)[0][0], *(cell(x[0], cell(x[0])) for _ in range(2))])
+
+    with torch.no_grad():
+        before = outputs()
+        for parameter in layer.parameters():
+            for at in (0, parameter.numel() // 3, parameter.numel() - 1):
+                value = parameter.data.view(-1)[at].clone()
+                parameter.data.view(-1)[at] += 0.5
+                now = outputs()
+                assert not torch.equal(now, before)
+                with backends.use("eager"):
+                    torch.testing.assert_close(now, outputs(), atol=1e-4, rtol=1e-4)
+                parameter.data.view(-1)[at] = value
+        assert torch.equal(outputs(), before)
+
+
+def test_a_step_sees_data_that_was_replaced():
+    cell, x, state = festina.LayerNormLSTMCell(5, 7), torch.randn(2, 5), (torch.randn(2, 7), torch.randn(2, 7))
+    with torch.no_grad():
+        for _ in range(3):
+            cell(x, state)
+        held = cell.weight_hh.data  # so that what is at the old address looks as it did
+        cell.weight_hh.data = -2 * held
+        got = cell(x, state)
+        with backends.use("eager"):
+            want = cell(x, state)
+    torch.testing.assert_close(got, want)
+
+
+def test_panels_serve_their_own_plan_alone():
+    """Two cells on the same parameters, under plans that lay them out differently."""
+    cells = [festina.LSTMCell(5, 7, norm=replace(norms.HASTE, kind=kind)) for kind in ("layer", "rms")]
+    for name, parameter in cells[0].named_parameters():
+        setattr(cells[1], name, parameter)
+    x, state = torch.randn(2, 5), (torch.randn(2, 7), torch.randn(2, 7))
+    for cell in (*cells, *cells):
+        with torch.no_grad():
+            got = cell(x, state)
+            with backends.use("eager"):
+                want = cell(x, state)
+        torch.testing.assert_close(got, want)
+
+
+def test_panels_are_the_same_on_any_number_of_threads(use_threads):
+    call, _ = Case("lstm", norms.HASTE, T=2, B=3, I=65, H=129).build()
+    outputs = []
+    for threads in (1, 2, 3):
+        same = call.with_tensors([t.clone() for t in call.tensors()])
+        for count in (threads, 1):
+            use_threads(count)
+            output = CPU.forward(same)[0]
+        outputs.append(output)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_a_turned_weight_fills_panels_again():
+    """`p.data = p.data.t()` of a square matrix changes neither object, version nor address."""
+    cell, x, h = festina.IndRNNCell(8, 8), torch.randn(2, 8), torch.randn(2, 8)
+    with torch.no_grad():
+        cell(x, h)
+        cell.weight_ih.data = cell.weight_ih.data.t()
+        got = cell(x, h)
+        with backends.use("eager"):
+            want = cell(x, h)
+    torch.testing.assert_close(got, want)
+
+
+def test_weights_without_a_version_fill_panels_again():
+    with torch.inference_mode():
+        cell, x = festina.LayerNormGRUCell(5, 7), torch.randn(2, 5)
+        before = cell(x)
+        cell.weight_ih[3, 4] += 1
+        assert not torch.equal(before, cell(x))
+
+
+CELLS = [festina.LayerNormLSTMCell, festina.LayerNormGRUCell, festina.LayerNormIndRNNCell]
+
+
+def short(cell, x, hx):
+    """A step by the shorter way, or None."""
+    state = hx if isinstance(hx, tuple) and len(hx) > 1 else (hx,)
+    rates = (cell.zoneout, cell.zoneout_cell)
+    return dispatch.step(layer=cell.spec, parameters=cell.layer_parameters(), input=x, state=state, rates=rates)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+@pytest.mark.parametrize("options", [{}, {"zoneout": 0.3}, {"norm": norms.NONE}, {"bias": False}])
+@pytest.mark.parametrize("B", [1, 3])
+def test_the_short_way_of_a_step_equals_the_long_one(kind, options, B):
+    """The first call fills panels, the next ones are short; sizes, rates, weights, types and threads change in between."""
+    cell = kind(5, 7, **options).eval()
+    names = cell.spec.cell.states
+
+    def compare(is_short=True, **changed):
+        x = torch.randn(changed.get("B", B), 5)
+        state = tuple(torch.randn(x.shape[0], 7) for _ in names)
+        hx = state if len(names) > 1 else state[0]
+        took = short(cell, x, hx)
+        assert (took is not None) == is_short
+        got, long = cell(x, hx), cell(x, hx, resets=torch.zeros(x.shape[0], dtype=torch.bool))
+        torch.testing.assert_close(got, long, rtol=1e-5, atol=1e-6)
+        if took is not None:
+            torch.testing.assert_close(tuple(took), got if len(names) > 1 else (got,), rtol=0, atol=0)
+
+    with torch.no_grad():
+        compare(is_short=False)
+        compare()
+        compare(B=B + 1)
+        cell.zoneout = 0.6
+        compare()
+        cell.weight_ih.mul_(2)
+        compare(is_short=False)
+        cell.weight_ih.data.mul_(2)
+        compare(is_short=False)
+        compare()
+        with backends.use("eager"):
+            compare(is_short=False)
+
+
+def test_the_short_way_steps_aside():
+    """For autograd, autocast, subclasses, masks, and whatever does not fit: then the long way says what is wrong."""
+    cell, x, h = festina.LayerNormGRUCell(5, 7, zoneout=0.5), torch.randn(2, 5), torch.randn(2, 7)
+
+    def step(x=x, h=h):
+        return short(cell, x, h)
+
+    with torch.no_grad():
+        cell.eval()(x, h)
+        assert step() is not None
+        assert (
+            step(x[:, :4])
+            is step(x[:1])
+            is step(x.double())
+            is step(h=h.double())
+            is step(h=h[:, :6])
+            is step(h=None)
+            is step(h=(h,))
+            is step(h=(h, h))
+            is step(x=x[0])
+            is None
+        )
+        with torch.autocast("cpu"):
+            assert step() is None
+        with pytest.raises(ValueError, match="input_size = 5, got 4"):
+            cell(x[:, :4], h)
+        first, second = (cell.train()(x, h) for _ in range(2))
+        assert not torch.equal(first, second)  # the masks of Zoneout are drawn
+    assert step() is None
+    assert cell(x, h).requires_grad
+
+
+def test_steps_of_several_threads_do_not_meet():
+    cell = festina.LayerNormLSTMCell(16, 32).eval()
+    inputs = torch.randn(64, 1, 16)
+
+    def walk(_):
+        state = (torch.zeros(1, 32), torch.zeros(1, 32))
+        with torch.inference_mode():
+            for x in inputs:
+                state = cell(x, state)
+        return state[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(walk, range(16)))
+    assert all(torch.equal(outputs[0], h) for h in outputs)
+
+
+def test_panels_go_with_their_parameters():
+    call, _ = Case("lstm", norms.HASTE, T=2, B=3, H=9).build()
+    before = set(CPU._panels._found)
+    CPU.forward(call)
+    (key,) = set(CPU._panels._found) - before
+    with torch.no_grad():
+        call.parameters[1].mul_(2)
+    CPU.forward(call)
+    assert set(CPU._panels._found) - before == {key}, "one set of panels for one layer"
+    del call
+    gc.collect()
+    assert key not in CPU._panels._found
+
+
+def test_a_layer_and_its_cells_keep_what_they_have_prepared(monkeypatch):
+    """Both directions' cells, the layer between them, two batch sizes: panels are filled and steps prepared once for each."""
+    layer = festina.LayerNormLSTM(5, 7, bidirectional=True)
+    cells = [layer.cell(reverse=False), layer.cell(reverse=True)]
+    made = []
+
+    def counted(owner, name):
+        to = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: made.append(name) or to(*args))
+
+    counted(CPU._panels, "put")
+    counted(CPU, "_prepare")
+    with torch.no_grad():
+        for _ in range(3):
+            layer(torch.randn(2, 3, 5))
+            for cell, B in itertools.product(cells, (2, 3)):
+                cell(torch.randn(B, 5), (torch.zeros(B, 7), torch.zeros(B, 7)))
+    assert made.count("put") == 3
+    assert made.count("_prepare") == 4
+
+
+def test_steps_that_are_ready_hold_little_memory():
+    cell = festina.LayerNormLSTMCell(5, 64)
+    parameters = cell.layer_parameters()
+
+    def ready(*batch_sizes):
+        with torch.no_grad():
+            for B in batch_sizes:
+                cell(torch.randn(B, 5), (torch.zeros(B, 64), torch.zeros(B, 64)))
+        return CPU._panels.find(cell.spec, parameters, marks_of(parameters)).ready
+
+    assert len(ready(1, *range(1, 4))) == 3
+    assert len(ready(4096)) == 3, "a large step is prepared anew"
+    assert [key[0][0] for key in ready(*range(4, 3 * weights.MOST_READY))] == [
+        *range(2 * weights.MOST_READY, 3 * weights.MOST_READY)
+    ]
+    CPU.release_memory()
+    assert not ready()
