@@ -104,23 +104,6 @@ def test_what_a_cell_does_not_have(module: Any, options: dict[str, Any], text: s
     assert str(caught.value) == text
 
 
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"placement": "both"}, r"NormPlan placement must be one of 'none', 'separate', 'joint', got 'both'"),
-        ({"placement": "joint", "groups": 4}, r"NormPlan groups must be one of .*, got 4"),
-        ({"cell": "h"}, r"NormPlan cell must be one of 'none', 'readout', 'carried', got 'h'"),
-        ({"kind": "batch"}, r"NormPlan kind must be one of 'layer', 'rms', got 'batch'"),
-        ({"eps": 0.0}, r"NormPlan eps must be greater than 0 .*, got 0.0"),
-        ({"eps": float("nan")}, r"NormPlan eps must be greater than 0 .*, got nan"),
-        ({"groups": "gate"}, r"placement is 'none'; choose 'separate' or 'joint'"),
-    ],
-)
-def test_plan(fields: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        NormPlan(**fields)
-
-
 def test_a_norm_on_one_input_feature_warns_once() -> None:
     """N(w·x) = sign(x)·N(w): the size of x is lost."""
     for make_layer in (festina.LayerNormLSTM, festina.LayerNormGRU, festina.LayerNormIndRNN, festina.LayerNormLSTMCell):
