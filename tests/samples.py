@@ -1,17 +1,17 @@
-"""What the behavioural tests share: the layers they go through, and how two results are held against each other."""
+"""What the tests of layers share: the variants they run over, and how two results are compared."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import festina
 from festina import NormPlan, norms
 
 RMS = NormPlan("separate", groups="gate", cell="carried", kind="rms")
-"""A plan without a name: every gate on its own, no mean taken off."""
+"""A plan without a name: each gate is normalised alone, without subtracting the mean."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}),
@@ -27,11 +27,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "indrnn-relu": ("IndRNN", {"nonlinearity": "relu"}),
     "indrnn-haste": ("LayerNormIndRNN", {}),
 }
-"""Every cell and placement, as a class and the options that make it."""
+"""Every cell and placement, as a class and its options."""
+
+FIVE_VARIANTS = ["lstm-haste", "lstm-icefall", "gru", "gru-dreamer", "indrnn-haste"]
+"""A few that have every cell and every placement, for slower tests."""
 
 
 def make(variant: str, *args: Any, cell: bool = False, **options: Any) -> Any:
-    """The layer (or cell) of a variant, with gains and shifts away from 1 and 0 so that they count."""
+    """The layer (or cell) of a variant, with gains other than 1 and shifts other than 0, so that they change the result."""
     name, own = VARIANTS[variant]
     layer = getattr(festina, name + "Cell" * cell)(*args, **own, **options)
     with torch.no_grad():
@@ -51,7 +54,7 @@ def listed(state: Any) -> list[Tensor]:
 
 
 def random_state(layer: Any, rows: int, B: int | None) -> Any:
-    """An initial state for `layer`: `rows` is L·D for a layer, 0 for a cell; B None for one row without a batch."""
+    """An initial state for `layer`: `rows` is L·D for a layer, 0 for a cell; B is None for one row without a batch axis."""
     lead = [n for n in (rows or None, B) if n is not None]
     like = next(layer.parameters())
     state = [
@@ -62,5 +65,10 @@ def random_state(layer: Any, rows: int, B: int | None) -> Any:
 
 
 def assert_same(got: Any, want: Any, rtol: float = 1e-10, atol: float = 1e-11) -> None:
-    """Two nested results hold the same numbers; the tolerance is for float64."""
+    """Raise unless two nested results hold the same numbers; the default tolerance is for float64."""
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+def gradients(output: Tensor, module: nn.Module) -> list[Tensor]:
+    """The gradients of the sum of squares of `output`, one for each parameter of `module`."""
+    return list(torch.autograd.grad(output.square().sum(), list(module.parameters()), materialize_grads=True))

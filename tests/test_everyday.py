@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,23 +140,6 @@ def test_a_layer_works_in_the_forked_workers_of_a_data_loader() -> None:
     want = torch.stack([layer(row)[0] for row in rows])
     loader = DataLoader(Features(layer, rows), batch_size=3, num_workers=1, multiprocessing_context="fork", timeout=120)
     assert_same(torch.cat(list(loader)), want.detach(), rtol=1e-5, atol=1e-6)
-
-
-# Packages
-
-
-@pytest.mark.slow
-def test_an_aot_inductor_package_loads_and_agrees(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    layer = make("lstm-haste", I, H, num_layers=2, bidirectional=True).eval()
-    T, B = torch.export.Dim("T", max=1024), torch.export.Dim("B", max=1024)
-    with torch.no_grad():
-        exported = torch.export.export(layer, (torch.randn(4, 3, I),), dynamic_shapes=({0: T, 1: B},))
-        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layer.pt2"))
-        loaded = torch._inductor.aoti_load_package(package)
-        for T_, B_ in ((4, 3), (9, 2)):
-            x = torch.randn(T_, B_, I)
-            assert_same(loaded(x), layer(x), rtol=1e-5, atol=1e-6)
 
 
 # Weights that are computed
