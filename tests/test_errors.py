@@ -436,15 +436,6 @@ def test_a_step_of_a_cell_with_a_parameter_of_another_shape() -> None:
             cell(X[0], state)
 
 
-def test_backend_by_name() -> None:
-    with (
-        pytest.raises(backends.BackendError, match=r"there is no backend 'cudnn'; there are .*eager"),
-        backends.use("cudnn"),
-    ):
-        pass
-    assert backends.forced() == ""
-
-
 # Checkpoints under another plan.
 
 

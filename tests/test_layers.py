@@ -405,11 +405,3 @@ def test_masks_of_the_functional_layer_fit_a_packed_sequence(batch_first: bool, 
     want, want_state = run(x, lengths=lengths)
     assert_same(pad_packed_sequence(output, batch_first)[0], want)
     assert_same(state, want_state)
-
-
-def test_resets_changed_before_backward_are_an_error() -> None:
-    layer, resets = festina.LayerNormGRU(3, 4), torch.zeros(5, 2, dtype=torch.bool)
-    output, _ = layer(torch.randn(5, 2, 3), resets=resets)
-    resets.logical_not_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
