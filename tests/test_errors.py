@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from samples import VARIANTS, assert_same, make
-from torch import Tensor, nn
+from torch import nn
 
 import festina
-from festina import NormPlan, backends, functional, norms, ops
+from festina import backends, functional, norms, ops
 
 T, B, I, H = 4, 2, 3, 5
 LAYERS = [
@@ -434,83 +434,3 @@ def test_a_step_of_a_cell_with_a_parameter_of_another_shape() -> None:
             ValueError, match=r"gain_hh must be \[20\] for input_size = 3 and hidden_size = 5, got \[1\]"
         ):
             cell(X[0], state)
-
-
-# Checkpoints under another plan.
-
-
-def saved(variant: str) -> dict[str, Tensor]:
-    return dict(make(variant, I, H).state_dict())
-
-
-OTHER_PLANS = [
-    ("lstm-haste", "lstm-fastrnns", "norms.FASTRNNS"),  # the same keys and shapes: only the plan tells them apart
-    ("lstm-haste", "lstm", "norms.NONE"),
-    ("lstm", "lstm-haste", "norms.HASTE"),
-    ("lstm-icefall", "lstm-rms", "NormPlan(placement='separate', groups='gate', cell='carried', kind='rms'"),
-    ("gru-haste", "gru-ba2016", "norms.BA2016_GRU"),
-    ("gru", "gru-dreamer", "norms.DREAMER"),
-    ("indrnn-haste", "indrnn", "norms.NONE"),
-]
-
-
-@pytest.mark.parametrize(("mine", "theirs", "plan"), OTHER_PLANS)
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a model"])
-def test_a_checkpoint_under_another_plan_is_refused(
-    mine: str, theirs: str, plan: str, strict: bool, inside: bool
-) -> None:
-    layer = make(mine, I, H)
-    model = nn.ModuleDict({"body": nn.Sequential(layer)}) if inside else layer
-    prefix = "body.0." if inside else ""
-    before = copy.deepcopy(layer.state_dict())
-    checkpoint = {prefix + name: value for name, value in saved(theirs).items()}
-    with pytest.raises(RuntimeError) as caught:
-        model.load_state_dict(checkpoint, strict=strict)
-    text = str(caught.value)
-    assert "the checkpoint was saved under the norm plan" in text
-    assert f"this layer has {layer.norm}" in text
-    assert f"Build the layer with norm={plan}" in text
-    assert_same(layer.state_dict(), before)
-
-
-def test_weights_of_torch_nn_do_not_pass_for_a_normalised_layer() -> None:
-    layer, plain = festina.LayerNormLSTM(I, H), nn.LSTM(I, H).state_dict()
-    before = copy.deepcopy(layer.state_dict())
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r"saved under the norm plan NONE, this layer has HASTE"):
-            layer.load_state_dict(plain, strict=strict)
-    assert_same(layer.state_dict(), before)
-    layer.load_state_dict({**layer.state_dict(), **plain})  # what the error says
-    assert_same(layer.weight_ih_l0.detach(), plain["weight_ih_l0"])
-
-
-def test_a_plan_that_cannot_be_read() -> None:
-    layer = festina.LayerNormLSTM(I, H)
-    before = copy.deepcopy(layer.state_dict())
-    for broken in (torch.tensor(list(b'{"when": 1}'), dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), "HASTE"):
-        with pytest.raises(RuntimeError, match=r"_extra_state must hold a norm plan .* cannot be read"):
-            layer.load_state_dict({**before, "_extra_state": broken})
-        assert_same(layer.state_dict(), before)
-
-
-def test_weights_with_norms_but_no_plan() -> None:
-    """Mapped by hand: strict names the plan as missing, strict=False trusts the user."""
-    layer, weights = festina.LayerNormLSTM(I, H), saved("lstm-haste")
-    del weights["_extra_state"]
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "_extra_state"'):
-        layer.load_state_dict(weights)
-    assert layer.load_state_dict(weights, strict=False).missing_keys == ["_extra_state"]
-
-
-def test_plain_plans_are_one() -> None:
-    """Without a norm its eps means nothing: such plans load each other."""
-    layer = festina.LSTM(I, H, norm=NormPlan(eps=1e-3))
-    layer.load_state_dict(saved("lstm"))
-    festina.LSTM(I, H).load_state_dict(layer.state_dict())
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_plan_loads_its_own(variant: str) -> None:
-    layer = make(variant, I, H)
-    layer.load_state_dict(saved(variant))

@@ -9,7 +9,6 @@ import torch
 from cases import EVERY_PLAN
 from torch import nn
 
-import festina
 from festina import norms, reference, spec
 from festina.norms import PLANS, NormPlan
 from festina.spec import CELLS, GRU, INDRNN, LSTM, LayerSpec
@@ -28,19 +27,6 @@ def test_plain_parameters_are_those_of_torch_nn(name, proj_size, bias):
     layer = LayerSpec(CELLS[name.lower()], bias=bias, projected=proj_size > 0)
     got = layer.parameter_shapes(4, 5, proj_size or 5)
     assert [(f"{key}_l0", shape) for key, shape in got.items()] == [(key, value.shape) for key, value in want.items()]
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_state_dict_of_a_stack_is_that_of_torch_nn(name):
-    options = {"num_layers": 3, "bidirectional": True}
-    got, want = (getattr(of, name)(4, 5, **options).state_dict() for of in (festina, nn))
-    assert [(key, value.shape) for key, value in got.items()] == [(key, value.shape) for key, value in want.items()]
-
-
-@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
-def test_state_dict_of_a_cell_is_that_of_torch_nn(name):
-    got, want = (getattr(of, name)(4, 5).state_dict() for of in (festina, nn))
-    assert [(key, value.shape) for key, value in got.items()] == [(key, value.shape) for key, value in want.items()]
 
 
 I, H, P = 3, 5, 4
