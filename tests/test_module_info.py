@@ -5,7 +5,7 @@ torch's tests that are not here:
 - check_inplace: recurrent modules have no `inplace` argument;
 - memory_format: it changes 4-D and 5-D parameters only, and there are none;
 - multiple_device_transfer, cpu_gpu_parity and half_dtype_reduction: they need a second device;
-- the text of error inputs: Festina's errors have their own (tests/test_errors.py), and a wrong shape is a ValueError
+- the text of error inputs: Festina's errors have their own (tests/test_checks.py), and a wrong shape is a ValueError
   where torch raises RuntimeError.
 """
 

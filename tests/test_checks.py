@@ -1,4 +1,5 @@
-"""Bad input gets an error that says what was wanted, what came and what to do, and nothing is half-done."""
+"""Validation (`festina.checks`): each argument that is refused, and the text of its error. An error says what was wanted, what
+came and what to do, and nothing is half-done after it. Errors of plans: test_norms.py; of checkpoints: test_module.py."""
 
 from __future__ import annotations
 
@@ -105,7 +106,7 @@ def test_what_a_cell_does_not_have(module: Any, options: dict[str, Any], text: s
 
 
 def test_a_norm_on_one_input_feature_warns_once() -> None:
-    """N(w·x) = sign(x)·N(w): the size of x is lost."""
+    """N(w·x) = sign(x)·N(w): the magnitude of x is lost."""
     for make_layer in (festina.LayerNormLSTM, festina.LayerNormGRU, festina.LayerNormIndRNN, festina.LayerNormLSTMCell):
         with pytest.warns(
             UserWarning, match="single input feature removes its magnitude.*linear layer in front"
@@ -124,7 +125,7 @@ def test_a_norm_on_one_input_feature_warns_once() -> None:
         festina.LayerNormLSTM(2, H)
 
 
-# Calls. Each row: what is given beside a good input, the error, its text.
+# Calls. Each row: an id, what is changed in a good call, the error, its text.
 
 X = torch.zeros(T, B, I)
 H_0 = torch.zeros(1, B, H)
@@ -306,7 +307,7 @@ def test_autocast_casts_float32_only(dtype: torch.dtype) -> None:
         assert layer(X.bfloat16(), (H_0.bfloat16(), H_0))[0].dtype == torch.bfloat16
 
 
-# The functional entry point.
+# `functional.layer`.
 
 
 def lstm_parameters(**changed: Any) -> dict[str, Any]:
@@ -383,6 +384,9 @@ def test_functional(cell: str, parameters: Any, options: dict[str, Any], error: 
         functional.layer(cell, X, parameters, **options)
 
 
+# Parameters that no longer fit their layer.
+
+
 @pytest.mark.parametrize("name", ["weight_hh", "gain_hh", "bias_c"])
 def test_a_parameter_of_another_type_is_named(name: str) -> None:
     layer = festina.LayerNormLSTM(I, H)
@@ -399,7 +403,7 @@ def test_a_parameter_of_another_type_is_named(name: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_parameter_of_another_shape_is_named(variant: str, backend: str) -> None:
-    """Replaced by another parameter, by other data, or for one call: a kernel would read past its end."""
+    """Replaced by another parameter, by other data or for one call; unchecked, a kernel would read past its end."""
     layer = make(variant, I, H)
     for name, parameter in list(layer.named_parameters()):
         wrong = torch.randn([size + 1 for size in parameter.shape])
