@@ -1,17 +1,17 @@
-"""Shared by the behavioural tests: the layers under test, and the comparison of results."""
+"""What the tests of layers share: the variants they run over, and how two results are compared."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import festina
 from festina import NormPlan, norms
 
 RMS = NormPlan("separate", groups="gate", cell="carried", kind="rms")
-"""A plan without a name: each gate normalised alone, the mean not subtracted."""
+"""A plan without a name: each gate is normalised alone, without subtracting the mean."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}),
@@ -29,9 +29,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Every cell and placement, as a class and its options."""
 
+FIVE_VARIANTS = ["lstm-haste", "lstm-icefall", "gru", "gru-dreamer", "indrnn-haste"]
+"""A few that have every cell and every placement, for slower tests."""
+
 
 def make(variant: str, *args: Any, cell: bool = False, **options: Any) -> Any:
-    """The layer (or cell) of a variant, with gains and shifts moved from 1 and 0 so that they have an effect."""
+    """The layer (or cell) of a variant, with gains other than 1 and shifts other than 0, so that they change the result."""
     name, own = VARIANTS[variant]
     layer = getattr(festina, name + "Cell" * cell)(*args, **own, **options)
     with torch.no_grad():
@@ -51,7 +54,7 @@ def listed(state: Any) -> list[Tensor]:
 
 
 def random_state(layer: Any, rows: int, B: int | None) -> Any:
-    """An initial state for `layer`: `rows` is L·D for a layer, 0 for a cell; B None for unbatched input."""
+    """An initial state for `layer`: `rows` is L·D for a layer, 0 for a cell; B is None for one row without a batch axis."""
     lead = [n for n in (rows or None, B) if n is not None]
     like = next(layer.parameters())
     state = [
@@ -62,5 +65,10 @@ def random_state(layer: Any, rows: int, B: int | None) -> Any:
 
 
 def assert_same(got: Any, want: Any, rtol: float = 1e-10, atol: float = 1e-11) -> None:
-    """Assert that two nested results are equal; the default tolerance is for float64."""
+    """Raise unless two nested results hold the same numbers; the default tolerance is for float64."""
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
+
+
+def gradients(output: Tensor, module: nn.Module) -> list[Tensor]:
+    """The gradients of the sum of squares of `output`, one for each parameter of `module`."""
+    return list(torch.autograd.grad(output.square().sum(), list(module.parameters()), materialize_grads=True))

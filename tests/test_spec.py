@@ -1,16 +1,14 @@
-"""What a layer is: names and shapes of parameters, which plans fit which cell, and what is said when one does not."""
+"""Layers as data (`festina.spec`): names and shapes of parameters, which plan fits which cell, the token of a layer."""
 
 from __future__ import annotations
 
-import json
 from itertools import product
 
 import pytest
 import torch
-from cases import EVERY_PLAN, RAW_PLANS
+from cases import EVERY_PLAN
 from torch import nn
 
-import festina
 from festina import norms, reference, spec
 from festina.norms import PLANS, NormPlan
 from festina.spec import CELLS, GRU, INDRNN, LSTM, LayerSpec
@@ -29,19 +27,6 @@ def test_plain_parameters_are_those_of_torch_nn(name, proj_size, bias):
     layer = LayerSpec(CELLS[name.lower()], bias=bias, projected=proj_size > 0)
     got = layer.parameter_shapes(4, 5, proj_size or 5)
     assert [(f"{key}_l0", shape) for key, shape in got.items()] == [(key, value.shape) for key, value in want.items()]
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU"])
-def test_state_dict_of_a_stack_is_that_of_torch_nn(name):
-    options = {"num_layers": 3, "bidirectional": True}
-    got, want = (getattr(of, name)(4, 5, **options).state_dict() for of in (festina, nn))
-    assert [(key, value.shape) for key, value in got.items()] == [(key, value.shape) for key, value in want.items()]
-
-
-@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
-def test_state_dict_of_a_cell_is_that_of_torch_nn(name):
-    got, want = (getattr(of, name)(4, 5).state_dict() for of in (festina, nn))
-    assert [(key, value.shape) for key, value in got.items()] == [(key, value.shape) for key, value in want.items()]
 
 
 I, H, P = 3, 5, 4
@@ -77,7 +62,7 @@ def test_parameters_of_norms(cell, plan):
 
 @pytest.mark.parametrize(("cell", "plan"), EVERY_PLAN, ids=lambda v: v if isinstance(v, str) else plan_label(v))
 def test_every_parameter_moves_the_result(cell, plan):
-    """Nothing in the table is idle: each parameter has a gradient that is not zero."""
+    """Each parameter of a layer has a gradient that is not zero."""
     call, cotangents = Case(cell, plan, T=3, dtype=torch.float64).build()
     leaves = [tensor.requires_grad_() for tensor in call.tensors()]
     outputs = [out for out in reference.run(call.with_tensors(leaves)) if out is not None]
@@ -170,90 +155,7 @@ def test_named_plans_fit_where_they_should(cell, plan, fits):
             CELLS[cell].fit(PLANS[plan])
 
 
-# Plans.
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"placement": "both"}, "NormPlan placement must be one of 'none', 'separate', 'joint', got 'both'"),
-        ({"groups": "gates"}, "NormPlan groups must be one of 'all', 'gate', 'gates|candidate', got 'gates'"),
-        ({"cell": "state"}, "NormPlan cell must be one of 'none', 'readout', 'carried', got 'state'"),
-        ({"kind": "batch"}, "NormPlan kind must be one of 'layer', 'rms', got 'batch'"),
-        ({"eps": 0.0}, "NormPlan eps must be greater than 0 (it is added to the variance), got 0.0"),
-        ({"eps": -1e-5}, "NormPlan eps must be greater than 0 (it is added to the variance), got -1e-05"),
-        ({"eps": float("nan")}, "NormPlan eps must be greater than 0 (it is added to the variance), got nan"),
-    ],
-    ids=lambda v: "-".join(f"{key}={value}" for key, value in v.items()) if isinstance(v, dict) else "",
-)
-def test_a_plan_checks_itself(fields, text):
-    with pytest.raises(ValueError, match="NormPlan") as raised:
-        NormPlan(**{"placement": "separate", **fields})
-    assert str(raised.value) == text
-
-
-@pytest.mark.parametrize("fields", [{"groups": "gate"}, {"inner_bias": True}], ids=str)
-def test_fields_with_nothing_to_act_on(fields):
-    with pytest.raises(ValueError, match="belong to a norm on the products, but placement is 'none'; choose"):
-        NormPlan("none", **fields)
-
-
-def test_a_plan_cannot_be_changed():
-    with pytest.raises(AttributeError):
-        norms.HASTE.eps = 1.0
-
-
-# Several projects, one function. A plan that joins them here is a decision, not an accident.
-SAME_FUNCTION = [{"HASTE", "BA2016"}, {"DREAMER", "SHEEPRL"}]
-
-
-def test_named_plans_are_distinct_or_known_to_be_the_same():
-    for a, b in product(PLANS, PLANS):
-        if a < b:
-            assert (PLANS[a] == PLANS[b]) == any({a, b} <= names for names in SAME_FUNCTION), (a, b)
-    assert all(getattr(norms, name) is plan for name, plan in PLANS.items())
-
-
-def test_named_plans_of_the_lstm_are_different_functions():
-    """Same weights, another name, other numbers: the reason why plans have names."""
-    for same_parameters in (("HASTE", "FASTRNNS", "TFA"), ("TORCHAUDIO", "TF_CONTRIB")):
-        calls = [Case("lstm", PLANS[name], dtype=torch.float64).build()[0] for name in same_parameters]
-        outputs = [reference.run(call)[0] for call in calls]
-        for i, output in enumerate(outputs):
-            for other in outputs[:i]:
-                assert (output - other).abs().max() > 1e-4
-
-
-def test_with_eps_is_another_plan_without_a_name():
-    plan = norms.HASTE.with_eps(1e-3)
-    assert (plan.name, plan.eps) == (None, 1e-3)
-    assert plan != norms.HASTE
-    assert plan.with_eps(1e-5) == norms.HASTE
-
-
-@pytest.mark.parametrize("plan", [*PLANS.values(), *RAW_PLANS], ids=plan_label)
-def test_plans_through_json(plan):
-    read = NormPlan.from_json(plan.to_json())
-    assert read == plan
-    assert hash(read) == hash(plan)
-    assert NormPlan(**json.loads(plan.to_json())) == plan
-
-
-def test_json_gives_names_back():
-    """Of two names for one function, the first."""
-    first = {"BA2016": "HASTE", "SHEEPRL": "DREAMER"}
-    assert {name: NormPlan.from_json(plan.to_json()).name for name, plan in PLANS.items()} == {
-        name: first.get(name, name) for name in PLANS
-    }
-    assert NormPlan.from_json(norms.HASTE.with_eps(0.5).to_json()).name is None
-    assert repr(norms.HASTE) == "norms.HASTE"
-    assert eval(repr(norms.HASTE.with_eps(0.5))) == norms.HASTE.with_eps(0.5)
-
-
-def test_none_is_the_plan_of_no_norm():
-    assert [name for name, plan in PLANS.items() if plan.is_none] == ["NONE"]
-    assert not NormPlan(cell="readout").is_none
-    assert NormPlan() == norms.NONE
+# Tokens.
 
 
 @pytest.mark.parametrize(("cell", "plan"), EVERY_PLAN, ids=lambda v: v if isinstance(v, str) else plan_label(v))
@@ -277,7 +179,7 @@ def test_tokens_tell_layers_apart():
 
 
 def test_a_token_is_of_one_version_of_what_is_saved(monkeypatch):
-    """Else a compiled graph that torch keeps on disk would meet saved tensors of other sizes after an upgrade."""
+    """Otherwise, after an upgrade, a compiled graph that torch has cached on disk would get saved tensors of other sizes."""
     before = LayerSpec(CELLS["lstm"])
     monkeypatch.setattr(spec, "SAVED", spec.SAVED + 1)
     assert LayerSpec(CELLS["lstm"]).token != before.token

@@ -1,4 +1,5 @@
-"""Bad input gets an error that says what was wanted, what came and what to do, and nothing is half-done."""
+"""Validation (`festina.checks`): each argument that is refused, and the text of its error. An error says what was wanted, what
+came and what to do, and nothing is half-done after it. Errors of plans: test_norms.py; of checkpoints: test_module.py."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from samples import VARIANTS, assert_same, make
-from torch import Tensor, nn
+from torch import nn
 
 import festina
-from festina import NormPlan, backends, functional, norms, ops
+from festina import backends, functional, norms, ops
 
 T, B, I, H = 4, 2, 3, 5
 LAYERS = [
@@ -104,25 +105,8 @@ def test_what_a_cell_does_not_have(module: Any, options: dict[str, Any], text: s
     assert str(caught.value) == text
 
 
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"placement": "both"}, r"NormPlan placement must be one of 'none', 'separate', 'joint', got 'both'"),
-        ({"placement": "joint", "groups": 4}, r"NormPlan groups must be one of .*, got 4"),
-        ({"cell": "h"}, r"NormPlan cell must be one of 'none', 'readout', 'carried', got 'h'"),
-        ({"kind": "batch"}, r"NormPlan kind must be one of 'layer', 'rms', got 'batch'"),
-        ({"eps": 0.0}, r"NormPlan eps must be greater than 0 .*, got 0.0"),
-        ({"eps": float("nan")}, r"NormPlan eps must be greater than 0 .*, got nan"),
-        ({"groups": "gate"}, r"placement is 'none'; choose 'separate' or 'joint'"),
-    ],
-)
-def test_plan(fields: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        NormPlan(**fields)
-
-
 def test_a_norm_on_one_input_feature_warns_once() -> None:
-    """N(w·x) = sign(x)·N(w): the size of x is lost."""
+    """N(w·x) = sign(x)·N(w): the magnitude of x is lost."""
     for make_layer in (festina.LayerNormLSTM, festina.LayerNormGRU, festina.LayerNormIndRNN, festina.LayerNormLSTMCell):
         with pytest.warns(
             UserWarning, match="single input feature removes its magnitude.*linear layer in front"
@@ -141,7 +125,7 @@ def test_a_norm_on_one_input_feature_warns_once() -> None:
         festina.LayerNormLSTM(2, H)
 
 
-# Calls. Each row: what is given beside a good input, the error, its text.
+# Calls. Each row: an id, what is changed in a good call, the error, its text.
 
 X = torch.zeros(T, B, I)
 H_0 = torch.zeros(1, B, H)
@@ -323,7 +307,7 @@ def test_autocast_casts_float32_only(dtype: torch.dtype) -> None:
         assert layer(X.bfloat16(), (H_0.bfloat16(), H_0))[0].dtype == torch.bfloat16
 
 
-# The functional entry point.
+# `functional.layer`.
 
 
 def lstm_parameters(**changed: Any) -> dict[str, Any]:
@@ -400,6 +384,9 @@ def test_functional(cell: str, parameters: Any, options: dict[str, Any], error: 
         functional.layer(cell, X, parameters, **options)
 
 
+# Parameters that no longer fit their layer.
+
+
 @pytest.mark.parametrize("name", ["weight_hh", "gain_hh", "bias_c"])
 def test_a_parameter_of_another_type_is_named(name: str) -> None:
     layer = festina.LayerNormLSTM(I, H)
@@ -416,7 +403,7 @@ def test_a_parameter_of_another_type_is_named(name: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_parameter_of_another_shape_is_named(variant: str, backend: str) -> None:
-    """Replaced by another parameter, by other data, or for one call: a kernel would read past its end."""
+    """Replaced by another parameter, by other data or for one call; unchecked, a kernel would read past its end."""
     layer = make(variant, I, H)
     for name, parameter in list(layer.named_parameters()):
         wrong = torch.randn([size + 1 for size in parameter.shape])
@@ -451,92 +438,3 @@ def test_a_step_of_a_cell_with_a_parameter_of_another_shape() -> None:
             ValueError, match=r"gain_hh must be \[20\] for input_size = 3 and hidden_size = 5, got \[1\]"
         ):
             cell(X[0], state)
-
-
-def test_backend_by_name() -> None:
-    with (
-        pytest.raises(backends.BackendError, match=r"there is no backend 'cudnn'; there are .*eager"),
-        backends.use("cudnn"),
-    ):
-        pass
-    assert backends.forced() == ""
-
-
-# Checkpoints under another plan.
-
-
-def saved(variant: str) -> dict[str, Tensor]:
-    return dict(make(variant, I, H).state_dict())
-
-
-OTHER_PLANS = [
-    ("lstm-haste", "lstm-fastrnns", "norms.FASTRNNS"),  # the same keys and shapes: only the plan tells them apart
-    ("lstm-haste", "lstm", "norms.NONE"),
-    ("lstm", "lstm-haste", "norms.HASTE"),
-    ("lstm-icefall", "lstm-rms", "NormPlan(placement='separate', groups='gate', cell='carried', kind='rms'"),
-    ("gru-haste", "gru-ba2016", "norms.BA2016_GRU"),
-    ("gru", "gru-dreamer", "norms.DREAMER"),
-    ("indrnn-haste", "indrnn", "norms.NONE"),
-]
-
-
-@pytest.mark.parametrize(("mine", "theirs", "plan"), OTHER_PLANS)
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in a model"])
-def test_a_checkpoint_under_another_plan_is_refused(
-    mine: str, theirs: str, plan: str, strict: bool, inside: bool
-) -> None:
-    layer = make(mine, I, H)
-    model = nn.ModuleDict({"body": nn.Sequential(layer)}) if inside else layer
-    prefix = "body.0." if inside else ""
-    before = copy.deepcopy(layer.state_dict())
-    checkpoint = {prefix + name: value for name, value in saved(theirs).items()}
-    with pytest.raises(RuntimeError) as caught:
-        model.load_state_dict(checkpoint, strict=strict)
-    text = str(caught.value)
-    assert "the checkpoint was saved under the norm plan" in text
-    assert f"this layer has {layer.norm}" in text
-    assert f"Build the layer with norm={plan}" in text
-    assert_same(layer.state_dict(), before)
-
-
-def test_weights_of_torch_nn_do_not_pass_for_a_normalised_layer() -> None:
-    layer, plain = festina.LayerNormLSTM(I, H), nn.LSTM(I, H).state_dict()
-    before = copy.deepcopy(layer.state_dict())
-    for strict in (True, False):
-        with pytest.raises(RuntimeError, match=r"saved under the norm plan NONE, this layer has HASTE"):
-            layer.load_state_dict(plain, strict=strict)
-    assert_same(layer.state_dict(), before)
-    layer.load_state_dict({**layer.state_dict(), **plain})  # what the error says
-    assert_same(layer.weight_ih_l0.detach(), plain["weight_ih_l0"])
-
-
-def test_a_plan_that_cannot_be_read() -> None:
-    layer = festina.LayerNormLSTM(I, H)
-    before = copy.deepcopy(layer.state_dict())
-    for broken in (torch.tensor(list(b'{"when": 1}'), dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), "HASTE"):
-        with pytest.raises(RuntimeError, match=r"_extra_state must hold a norm plan .* cannot be read"):
-            layer.load_state_dict({**before, "_extra_state": broken})
-        assert_same(layer.state_dict(), before)
-
-
-def test_weights_with_norms_but_no_plan() -> None:
-    """Mapped by hand: strict names the plan as missing, strict=False trusts the user."""
-    layer, weights = festina.LayerNormLSTM(I, H), saved("lstm-haste")
-    del weights["_extra_state"]
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "_extra_state"'):
-        layer.load_state_dict(weights)
-    assert layer.load_state_dict(weights, strict=False).missing_keys == ["_extra_state"]
-
-
-def test_plain_plans_are_one() -> None:
-    """Without a norm its eps means nothing: such plans load each other."""
-    layer = festina.LSTM(I, H, norm=NormPlan(eps=1e-3))
-    layer.load_state_dict(saved("lstm"))
-    festina.LSTM(I, H).load_state_dict(layer.state_dict())
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_plan_loads_its_own(variant: str) -> None:
-    layer = make(variant, I, H)
-    layer.load_state_dict(saved(variant))

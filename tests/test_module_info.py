@@ -1,11 +1,11 @@
-"""PyTorch's own module tests (its test/test_modules.py) on festina's classes: the inputs, reference functions and error
-inputs are those of `torch.testing._internal.common_modules`, made for nn.LSTM, nn.GRU, nn.LSTMCell and nn.GRUCell.
+"""PyTorch's own module tests (its test/test_modules.py) on Festina's classes. Inputs, reference functions and error
+inputs are the `ModuleInfo`s of `torch.testing._internal.common_modules` for nn.LSTM, nn.GRU, nn.LSTMCell and nn.GRUCell.
 
-What torch tests there and this file does not:
+torch's tests that are not here:
 - check_inplace: recurrent modules have no `inplace` argument;
 - memory_format: it changes 4-D and 5-D parameters only, and there are none;
 - multiple_device_transfer, cpu_gpu_parity and half_dtype_reduction: they need a second device;
-- the words of error inputs: festina's errors have their own text (tests/test_errors.py), and a wrong shape is a ValueError
+- the text of error inputs: Festina's errors have their own (tests/test_checks.py), and a wrong shape is a ValueError
   where torch raises RuntimeError.
 """
 
@@ -88,7 +88,7 @@ def mapped(nested: Any, change: Any) -> Any:
 @every_class
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_forward(theirs: Any, ours: Any, options: dict[str, Any], training: bool) -> None:
-    """Against torch's reference function, and, where there is no norm, against torch's module."""
+    """Against torch's reference function and, without a norm, against torch's module."""
     for sample in samples(theirs, training=training):
         module = build(sample, ours, options).train(training)
         output = call(module, sample)
@@ -128,7 +128,7 @@ def test_repr_pickle_and_copies(theirs: Any, ours: Any, options: dict[str, Any])
 @every_class
 def test_non_contiguous_tensors(theirs: Any, ours: Any, options: dict[str, Any]) -> None:
     def scattered(tensor: Tensor) -> Tensor:
-        """The same numbers, every other element of a tensor twice as wide; NaN between them."""
+        """The same numbers as every other element of a tensor twice as wide, with NaN between them."""
         wide = torch.full((*tensor.shape, 2), float("nan"), dtype=tensor.dtype)
         wide[..., 0] = tensor.detach()
         view = wide[..., 0]
@@ -151,7 +151,7 @@ def test_non_contiguous_tensors(theirs: Any, ours: Any, options: dict[str, Any])
 
 
 def smallest(theirs: Any, requires_grad: bool) -> list[Any]:
-    """One sample with every option and one without, rather than all of them: a numerical gradient is slow."""
+    """One sample with every option and one without any: numerical gradients of all of them would be slow."""
     given = samples(theirs, requires_grad)
     return [given[1], given[-1]]
 
@@ -167,7 +167,7 @@ def test_gradgrad(theirs: Any, ours: Any, options: dict[str, Any]) -> None:
 
 
 def check_gradients(theirs: Any, ours: Any, options: dict[str, Any], check: Any) -> None:
-    """Of the inputs, the states and every parameter, whose values enter through functional_call."""
+    """Check gradients of the inputs, the states and every parameter; `functional_call` sets the parameters."""
     for sample in smallest(theirs, requires_grad=True):
         module = build(sample, ours, options)
         names = [name for name, _ in module.named_parameters()]
@@ -193,7 +193,7 @@ def test_train_and_eval_modes_differ_only_with_a_rate(theirs: Any, ours: Any, op
 
 @every_class
 def test_to(theirs: Any, ours: Any, options: dict[str, Any]) -> None:
-    """`.to(dtype)` and `.to(meta)`, `.to_empty`, with the parameters' identity and gradients as torch has them."""
+    """`.to(dtype)`, `.to(meta)` and `.to_empty` keep the identity and the gradients of parameters as in torch."""
     for sample in samples(theirs, requires_grad=True)[:2]:
         module = build(sample, ours, options)
         output = call(module, sample)
@@ -212,7 +212,7 @@ def test_to(theirs: Any, ours: Any, options: dict[str, Any]) -> None:
 
 @every_class
 def test_errors(theirs: Any, ours: Any, options: dict[str, Any]) -> None:
-    """What torch refuses is refused."""
+    """Festina refuses what torch refuses."""
     row = info(theirs)
     for error in row.module_error_inputs_func(row, "cpu", torch.float64, False, True):
         sample = error.module_error_input

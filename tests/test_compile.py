@@ -1,0 +1,149 @@
+"""Layers as one graph: torch.compile, torch.export and AOTInductor packages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import assert_same, gradients, make
+from torch import Tensor, nn
+from torch.export import Dim
+
+import festina
+
+T, B, I, H = 6, 4, 3, 5
+F64: dict[str, Any] = {"dtype": torch.float64}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """torch.compile as in a fresh process; recompiling is an error."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+# torch.compile
+
+
+def test_a_layer_compiles_that_has_never_run(compiler: None) -> None:
+    layer, x = festina.LayerNormGRU(3, 5, bidirectional=True), torch.randn(4, 2, 3)
+    got = torch.compile(layer, fullgraph=True, backend="eager")(x)
+    assert_same(got, layer(x))
+
+
+@pytest.mark.slow
+def test_compiled_training_step_by_inductor(compiler: None) -> None:
+    """Two layers, both directions, with resets; then the same module in inference."""
+    layer = make("lstm-haste", I, H, 2, bidirectional=True)
+    compiled = torch.compile(layer, fullgraph=True)
+    x, resets = torch.randn(T, B, I), torch.rand(T, B) < 0.3
+    output, state = compiled(x, resets=resets)
+    want, want_state = layer(x, resets=resets)
+    assert_same((output, state), (want, want_state), 1e-4, 1e-5)
+    assert_same(gradients(output, layer), gradients(want, layer), 1e-4, 1e-5)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
+        assert_same(compiled(x, resets=resets), layer(x, resets=resets), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("variant", ["lstm-haste", "gru-dreamer"])
+def test_one_graph_for_every_length_and_batch(variant: str, compiler: None) -> None:
+    layer = make(variant, I, H, **F64)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for steps, rows in ((6, 4), (9, 3), (2, 7)):
+        x = torch.randn(steps, rows, I, **F64)
+        output, state = compiled(x)
+        want, want_state = layer(x)
+        assert_same((output, state), (want, want_state))
+        assert_same(gradients(output, layer), gradients(want, layer))
+
+
+def test_lengths_compile_in_one_graph_whatever_they_are(compiler: None) -> None:
+    layer = make("lstm-haste", 3, 5, bidirectional=True, batch_first=True, **F64)
+
+    def run(x: Tensor, lengths: Tensor, resets: Tensor) -> Any:
+        return layer(x, lengths=lengths, resets=resets)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    x, resets = torch.randn(4, 7, 3, **F64), torch.rand(4, 7) < 0.3
+    for given in ([7, 3, 0, 2], [7, 7, 7, 7], [0, 0, 0, 0], [1, 1, 1, 1], [0, 6, 0, 0]):
+        lengths = torch.tensor(given)
+        assert_same(compiled(x, lengths, resets), run(x, lengths, resets))
+        of_both = [gradients(f(x, lengths, resets)[0], layer) for f in (compiled, run)]
+        assert_same(of_both[0], of_both[1])
+    with pytest.raises(ValueError, match=r"lengths must lie in \[0, T\] = \[0, 7\], got \[8, 1, 1, 1\]"):
+        compiled(x, torch.tensor([8, 1, 1, 1]), resets)
+
+
+def test_compile_where_h_0_is_c_0(compiler: None) -> None:
+    layer, x = make("lstm-haste", I, H, **F64), torch.randn(T, B, I, **F64)
+    both = torch.randn(1, B, H, **F64)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = []
+    for run in (compiled, layer):
+        start = both.clone().requires_grad_()
+        run(x, (start, start))[0].square().sum().backward()
+        found.append(start.grad)
+    assert_same(found[0], found[1])
+
+
+def test_compiled_zoneout_and_dropconnect_draw_from_the_generator(compiler: None) -> None:
+    layer = make("gru-haste", I, H, zoneout=0.5, dropconnect=0.5)
+    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(T, B, I)
+
+    def run(module: Any, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return module(x)[0]  # type: ignore[no-any-return]
+
+    assert_same(run(compiled, 1), run(layer, 1), 1e-6, 1e-6)
+    assert not torch.equal(run(compiled, 1), run(compiled, 2))
+
+
+# torch.export
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_export_with_any_length_and_batch(strict: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = make("lstm-haste", I, H, bidirectional=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            return self.layer(x)[0] + self.layer(x, lengths=lengths)[0]  # type: ignore[no-any-return]
+
+    model, steps, rows = Model(), Dim("T", min=2, max=100), Dim("B", min=2, max=50)
+    example = (torch.randn(T, B, I), torch.tensor([1, 2, 6, 0]))
+    shapes = {"x": {0: steps, 1: rows}, "lengths": {0: rows}}
+    exported = torch.export.export(model, example, dynamic_shapes=shapes, strict=strict).module()
+    for T_, B_ in ((9, 2), (3, 7)):
+        args = (torch.randn(T_, B_, I), torch.randint(0, T_ + 1, (B_,)))
+        assert_same(exported(*args), model(*args), 1e-5, 1e-6)
+    want = gradients(model(*example), model)  # the exported module trains
+    got = torch.autograd.grad(exported(*example).square().sum(), list(exported.parameters()))
+    assert_same(list(got), want, 1e-4, 1e-5)
+
+
+# AOTInductor
+
+
+@pytest.mark.slow
+def test_an_aot_inductor_package_loads_and_agrees(tmp_path: Path) -> None:
+    layer = make("lstm-haste", I, H, num_layers=2, bidirectional=True).eval()
+    steps, rows = Dim("T", max=1024), Dim("B", max=1024)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (torch.randn(4, 3, I),), dynamic_shapes=({0: steps, 1: rows},))
+        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "layer.pt2"))
+        loaded = torch._inductor.aoti_load_package(package)
+        for T_, B_ in ((4, 3), (9, 2)):
+            x = torch.randn(T_, B_, I)
+            assert_same(loaded(x), layer(x), rtol=1e-5, atol=1e-6)

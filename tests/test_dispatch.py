@@ -1,0 +1,118 @@
+"""Who carries out a call (`festina.dispatch`): `torch.func` transforms, autocast, modes without gradients, backends by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from samples import FIVE_VARIANTS, VARIANTS, assert_same, gradients, make
+from torch import Tensor
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
+
+from festina import backends
+
+T, B, I, H = 6, 4, 3, 5
+F64: dict[str, Any] = {"dtype": torch.float64}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+# torch.func
+
+
+@pytest.mark.parametrize("variant", FIVE_VARIANTS)
+def test_functional_transforms(variant: str) -> None:
+    layer, x = make(variant, I, H, **F64), torch.randn(T, B, I, **F64)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(layer, parameters, (x,))[0].square().sum()  # type: ignore[no-any-return]
+
+    want = dict(zip(parameters, gradients(layer(x)[0], layer)))
+    assert_same(grad(loss)(parameters, x), want)
+    per_sample = vmap(grad(loss), in_dims=(None, 1))(parameters, x.unsqueeze(2))
+    for b in range(B):
+        assert_same({name: g[b] for name, g in per_sample.items()}, grad(loss)(parameters, x[:, b : b + 1]))
+    short = x[:2, :1]
+    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x)[0], short)
+    assert_same(jacrev(lambda x: layer(x)[0])(short), jacobian)
+    assert_same(jacfwd(lambda x: layer(x)[0])(short), jacobian)
+    curvature = torch.autograd.functional.hessian(lambda x: layer(x)[0].square().sum(), short)
+    assert_same(hessian(lambda x: loss(parameters, x))(short), curvature)
+
+
+def test_an_ensemble_by_vmap() -> None:
+    layers, x = [make("gru-haste", I, H, **F64) for _ in range(3)], torch.randn(T, B, I, **F64)
+    parameters, buffers = stack_module_state(layers)
+
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Any:
+        return functional_call(layers[0], (parameters, buffers), (x,))
+
+    outputs, states = vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
+    for k, layer in enumerate(layers):
+        assert_same((outputs[k], states[k]), layer(x))
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_autocast(variant: str) -> None:
+    """Outputs are bfloat16, gradients float32 and near those of float32; backward runs inside the block or after it."""
+    layer, x = make(variant, I, 16, 2), torch.randn(T, B, I)
+    want_output = layer(x)[0]
+    want = gradients(want_output, layer)
+    for inside in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output, state = layer(x)
+            assert {t.dtype for t in (output, *(state if isinstance(state, tuple) else (state,)))} == {torch.bfloat16}
+            if inside:
+                got = gradients(output.float(), layer)
+        if not inside:
+            got = gradients(output.float(), layer)
+        assert (output.float() - want_output).norm() < 0.03 * want_output.norm()
+        assert {g.dtype for g in got} == {torch.float32}
+        for mine, exact in zip(got, want):
+            assert (mine - exact).norm() < 0.1 * exact.norm()
+
+
+# Modes without gradients
+
+
+def test_inference_mode_and_no_grad_give_the_same_numbers() -> None:
+    layer, x = make("lstm-haste", I, H, **F64), torch.randn(T, B, I, **F64)
+    want = layer(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            got = layer(x)
+        assert_same(got, want)
+        assert not got[0].requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_modes_without_gradients_give_the_same_numbers(mode: Any, variant: str) -> None:
+    layer, x = make(variant, I, H, num_layers=2, bidirectional=True), torch.randn(4, 2, I)
+    want = layer(x, lengths=[2, 4])[0]
+    with mode():
+        got = layer(x, lengths=[2, 4])[0]
+    assert want.requires_grad
+    assert not got.requires_grad
+    assert got.is_inference() == (mode is torch.inference_mode)
+    assert_same(got, want.detach(), rtol=1e-6, atol=1e-7)
+
+
+# Backends
+
+
+def test_backend_by_name() -> None:
+    with (
+        pytest.raises(backends.BackendError, match=r"there is no backend 'cudnn'; there are .*eager"),
+        backends.use("cudnn"),
+    ):
+        pass
+    assert backends.forced() == ""
