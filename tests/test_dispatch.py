@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -10,7 +14,9 @@ from samples import FIVE_VARIANTS, VARIANTS, assert_same, gradients, make
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
 
+import festina
 from festina import backends
+from festina.testing import Case
 
 T, B, I, H = 6, 4, 3, 5
 F64: dict[str, Any] = {"dtype": torch.float64}
@@ -116,3 +122,40 @@ def test_backend_by_name() -> None:
     ):
         pass
     assert backends.forced() == ""
+
+
+# The way of a warm call.
+
+
+def frames(work: Callable[[], object]) -> int:
+    """Calls of this package's own functions, comprehensions aside, that a warm call makes."""
+    root, count = str(Path(festina.__file__).parent), 0
+
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        nonlocal count
+        code = frame.f_code
+        count += event == "call" and code.co_filename.startswith(root) and not code.co_name.startswith("<")
+
+    for _ in range(5):
+        work()
+    sys.setprofile(watch)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.skipif(backends.get("cpu").can_run(Case("lstm").on("cpu")) is not None, reason="there is no compiled core")
+def test_a_call_takes_few_frames_of_python() -> None:
+    """What a newcomer steps through, and most of what a small call costs; measured 34, 35, 13, 9 and 33 on Python 3.11."""
+    layer, cell, x = festina.LayerNormLSTM(8, 8), festina.LayerNormLSTMCell(8, 8), torch.randn(5, 2, 8)
+    state, kept = (torch.zeros(2, 8), torch.zeros(2, 8)), []
+    output = layer(x)[0]
+    parameters, cotangent = list(layer.parameters()), torch.ones_like(output)
+    with torch.no_grad():
+        assert frames(lambda: layer(x)) <= 40
+        assert frames(lambda: cell(x[0], state)) <= 10
+    assert frames(lambda: kept.append(layer(x))) <= 50
+    assert frames(lambda: kept.append(cell(x[0], state))) <= 45
+    assert frames(lambda: torch.autograd.grad(output, parameters, cotangent, retain_graph=True)) <= 30
