@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | info | format | wheel | clean. Everything happens in .venv, which is made on first use.
+# make demo | test | sanitize | lint | bench | info | format | wheel | clean. Everything happens in .venv, which is made on first use.
 #
 # PYTHON=python3.12 make test     another Python (3.10 or later)
 # make test-torch TORCH=2.10      another PyTorch (2.10 or later)
@@ -30,7 +30,7 @@ install = $(PY) -m pip install $(1)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup info demo bench test test-torch test-triton lint format wheel clean distclean
+.PHONY: help setup info demo bench test sanitize test-torch test-triton lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -69,6 +69,31 @@ bench: setup
 # One thread per worker: the workers already fill the cores.
 test: setup
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --numprocesses $(JOBS) $(ARGS)
+
+# The core under AddressSanitizer and UndefinedBehaviorSanitizer, which end the run at the first error: csrc/tests, then a slice
+# of the suite. One instruction set, `wide` (AVX-512's kernels on AVX2), in one library. Checks of each single address are left
+# to AddressSanitizer: with UndefinedBehaviorSanitizer's, compiling takes several times as long.
+SANITIZE := build/sanitize
+SANITIZED := g++ -std=gnu++17 -O1 -g1 -march=x86-64-v3 -Wno-psabi -fno-math-errno -fno-trapping-math -fno-omit-frame-pointer \
+  -fsanitize=address,undefined -fno-sanitize=null,alignment,object-size,pointer-overflow -fno-sanitize-recover=all
+PRELOADED = $(foreach name,asan stdc++,$(shell g++ -print-file-name=lib$(name).so))
+
+sanitize: setup
+	$(MAKE) --jobs=2 $(SANITIZE)/libfestina_core.so $(SANITIZE)/test_core
+	$(SANITIZE)/test_core
+	FESTINA_CORE=$(SANITIZE) FESTINA_POOL_MB=0 LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	  $(PY) -m pytest -p no:cacheprovider --numprocesses 2 tests/test_backends.py tests/test_cpu.py -k "$(SLICE)" $(ARGS)
+
+# Odd widths with every feature; threads, segments of long sequences, bfloat16, empty calls.
+SLICE := cpu and matches_reference and (H9 or H63) or share_the_work or in_several or every_instruction_set or nothing_to_do
+
+$(SANITIZE)/libfestina_core.so: $(SOURCES)
+	@mkdir -p $(@D)
+	$(SANITIZED) -fPIC -shared -fvisibility=hidden -DFESTINA_TESTING csrc/api.cc csrc/dispatch.cc csrc/isa/wide.cc -lgomp -o $@
+
+$(SANITIZE)/test_core: $(SOURCES)
+	@mkdir -p $(@D)
+	$(SANITIZED) -DISA=wide '-DVECTOR_HEADER="../simd/wide.h"' csrc/tests/test_core.cc -o $@
 
 # Lint belongs to the usual PyTorch; the suite runs on any.
 test-torch: test
