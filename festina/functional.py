@@ -75,7 +75,7 @@ def layer(
         check_mask(name, mask, (D, *axes, width), steps.device)
         return torch.stack([packing.pack(of_direction) for of_direction in mask])
 
-    if "c" in spec.cell.states:
+    if "c" in spec.cell.states:  # else the door refuses it
         zoneout_cell_mask = packed("zoneout_cell_mask", zoneout_cell_mask, H)
     output, *states = dispatch.run(
         Call(
@@ -88,9 +88,7 @@ def layer(
             is_active=packing.is_active,
             resets=packing.resets,
             zoneout_mask=packed("zoneout_mask", zoneout_mask, P),
-            zoneout_cell_mask=packed("zoneout_cell_mask", zoneout_cell_mask, H)
-            if "c" in spec.cell.states
-            else zoneout_cell_mask,
+            zoneout_cell_mask=zoneout_cell_mask,
             zoneout=zoneout,
             zoneout_cell=zoneout_cell,
         )
