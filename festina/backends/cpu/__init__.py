@@ -10,7 +10,7 @@ from torch._C import _is_any_autocast_enabled
 
 from festina.backends.cpu import abi
 from festina.backends.cpu.memory import POOL
-from festina.backends.cpu.plans import bind, carry_out, operands, plan_for, saved_bytes, short
+from festina.backends.cpu.plans import bind, carry_out, give, make_plan, operands, plan_for, saved_bytes, short, take
 from festina.backends.cpu.weights import PanelCache, Panels, Ready, marks_of, prepare
 from festina.backends.support import missing_kernel
 from festina.call import Call, Case, Outputs
@@ -27,7 +27,7 @@ def new_outputs(call: Call) -> Outputs:
 
 
 class Cpu:
-    """Runs csrc/. What training keeps, and every workspace, comes from `POOL`."""
+    """Runs csrc/. What training keeps for backward, panels and workspaces come from `POOL`."""
 
     name = "cpu"
 
@@ -59,25 +59,22 @@ class Cpu:
     def release_memory(self) -> None:
         """Free the buffers that lie idle for later calls."""
         self._panels.release()
+        make_plan.cache_clear()
         POOL.release()
 
     def forward(self, call: Call) -> Outputs:
-        plan, outputs = plan_for(call, abi.INFERENCE), new_outputs(call)
-        words, _copies = bind(plan, (*operands(call), *outputs))
+        plan, outputs, core = plan_for(call, abi.INFERENCE), new_outputs(call), abi.core()
+        words, workspace = take(plan)
+        _copies = bind(plan, words, (*operands(call), *outputs))
         marks = marks_of(call.parameters)
         found = self._panels.find(call.layer, call.parameters, marks)
-        core, (address, size) = abi.core(), POOL.take(plan.workspace)
-        try:
-            words[core.at["workspace"]] = address
-            if found is not None and found.run(words, words[core.at["T"]]):
-                return outputs
-            buffer = POOL.tensor(plan.panels)
-            words[core.at["has_panels"]], words[core.at["panels"]] = 0, buffer.data_ptr()
+        if found is None or not found.run(words, words[core.at["T"]]):
+            panels = POOL.tensor(plan.panels)
+            words[core.at["has_panels"]], words[core.at["panels"]] = 0, panels.data_ptr()
             if core.run(words):
                 raise core.error()
-        finally:
-            POOL.give(address, size)
-        self._panels.put(call, marks, words, buffer)
+            self._panels.put(call, marks, words, panels)
+        give(plan, words, workspace)
         return outputs
 
     def step(

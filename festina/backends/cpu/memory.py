@@ -2,7 +2,8 @@
 
 Fresh pages cost more than the norm does: the system clears each page at its first touch. So buffers go back to a free
 list when autograd, or the call that borrowed them, lets go of them. The list holds at most `FESTINA_POOL_MB` megabytes
-(512 unless set; 0 keeps nothing); what is in use does not count. Past that the buffers unused for longest are freed.
+(512 unless set; 0 keeps nothing); what is in use does not count. Past that the buffers unused for longest are freed. Calls
+that work in little memory keep theirs in their plan (`festina/backends/cpu/plans.py`), which takes no time to find.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
 
@@ -19,6 +19,9 @@ from festina.spec import LayerSpec
 CACHE_LINE = 64
 WORK_A_THREAD = 40_000
 """Multiplications; below, waking another thread takes longer than it saves."""
+MOST_PLANS, MOST_IDLE_BYTES = 256, 256 << 10
+"""At most this many plans are cached, and a plan keeps idle buffers only up to this size: one for each thread that ever ran
+it beside others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +33,20 @@ class Plan:
         places: the word of the struct for the address of each tensor: `operands`, then what the pass adds. A forward pass
             adds output, h_n, c_n and, in training, saved; backward adds output, saved, the gradients of output, h_n and
             c_n, and those of the operands from the input on.
-        panels, workspace: bytes of the buffers.
+        workspace, room: bytes that a pass works in, without and with panels; inference has panels of its own.
+        panels: bytes.
         saved_fixed, saved_per_row: training keeps `saved_fixed + N * saved_per_row` bytes.
+        idle: what `fresh` made for earlier calls, if it is small. A call takes one out, has it alone, and puts it back.
     """
 
     struct: bytes
     places: tuple[int, ...]
-    panels: int
     workspace: int
+    room: int
+    panels: int
     saved_fixed: int
     saved_per_row: int
+    idle: list[tuple[Any, Tensor]] = field(default_factory=list)
 
 
 def threads_for(layer: LayerSpec, N: int, I: int, H: int, P: int) -> int:
@@ -94,7 +101,7 @@ def places(layer: LayerSpec, which: str) -> tuple[int, ...]:
     return (*taken, *given)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=MOST_PLANS)
 def make_plan(
     token: str,
     which: str,
@@ -149,7 +156,8 @@ def make_plan(
     if core.bytes(ctypes.byref(call), ctypes.byref(need)):
         raise core.error()
     workspace = -(-need.workspace // CACHE_LINE) * CACHE_LINE  # panels lie behind it
-    return Plan(struct, places(layer, which), need.panels, workspace, need.saved_fixed, need.saved_per_row)
+    room = workspace if which == abi.INFERENCE else workspace + need.panels
+    return Plan(struct, places(layer, which), workspace, room, need.panels, need.saved_fixed, need.saved_per_row)
 
 
 def plan_for(call: Call, which: str, wanted: tuple[bool, ...] = ()) -> Plan:
@@ -200,29 +208,49 @@ def operands(call: Call) -> tuple[Tensor | None, ...]:
     )
 
 
-def bind(plan: Plan, tensors: Sequence[Tensor | None]) -> tuple[Any, list[Tensor]]:
-    """The struct with the addresses of `tensors`, which stand in the order of `plan.places`; and the copies it points to.
+def fresh(plan: Plan) -> tuple[Any, Tensor]:
+    """The words of a struct without tensors, and the buffer for workspace and panels that it points to."""
+    core, buffer = abi.core(), POOL.tensor(plan.room)
+    words, address = core.words.from_buffer_copy(plan.struct), buffer.data_ptr()
+    words[core.at["workspace"]], words[core.at["panels"]] = address, address + plan.workspace
+    return words, buffer
 
-    A tensor that is not contiguous is copied; None is absent.
+
+def take(plan: Plan) -> tuple[Any, Tensor]:
+    """What `fresh` makes, or made for an earlier call; `bind` overwrites the tensors of that."""
+    try:
+        return plan.idle.pop()
+    except IndexError:
+        return fresh(plan)
+
+
+def give(plan: Plan, words: Any, buffer: Tensor) -> None:
+    """Keep what a call took, for later ones."""
+    if plan.room <= min(MOST_IDLE_BYTES, POOL.limit):
+        plan.idle.append((words, buffer))
+
+
+def bind(plan: Plan, words: Any, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """Write the addresses of tensors in the order of `plan.places`, 0 for None; the result is to be kept during the call.
+
+    A tensor that is not contiguous is copied, and the copies are the result.
     """
-    words, copies = abi.core().words.from_buffer_copy(plan.struct), []
+    copies = []
     for place, tensor in zip(plan.places, tensors):
-        if tensor is not None:
-            if not tensor.is_contiguous():
-                tensor = tensor.contiguous()
-                copies.append(tensor)
-            words[place] = tensor.data_ptr()
-    return words, copies
+        if tensor is None:
+            words[place] = 0
+            continue
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+            copies.append(tensor)
+        words[place] = tensor.data_ptr()
+    return copies
 
 
 def carry_out(plan: Plan, tensors: Sequence[Tensor | None]) -> None:
-    """Run a pass of which nothing but the `tensors` is kept."""
-    core = abi.core()
-    words, _copies = bind(plan, tensors)
-    address, size = POOL.take(plan.workspace + plan.panels)
-    try:
-        words[core.at["workspace"]], words[core.at["panels"]] = address, address + plan.workspace
-        if core.run(words):
-            raise core.error()
-    finally:
-        POOL.give(address, size)
+    """Run training or backward."""
+    words, buffer = take(plan)
+    _copies = bind(plan, words, tensors)
+    if abi.core().run(words):
+        raise abi.core().error()
+    give(plan, words, buffer)

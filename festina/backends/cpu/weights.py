@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from festina.backends.cpu import abi
-from festina.backends.cpu.memory import POOL
-from festina.backends.cpu.plans import bind, operands, plan_for, slots
+from festina.backends.cpu.plans import bind, fresh, operands, plan_for, slots
 from festina.call import Call
 from festina.spec import LayerSpec
 
@@ -152,9 +151,10 @@ def prepare(
     call = Call(layer=layer, input=input, h_0=input.new_empty(1, B, P), parameters=tuple(parameters))
     call.zoneout, call.zoneout_cell = rates
     plan, core = plan_for(call, abi.INFERENCE), abi.core()
-    words, _ = bind(plan, operands(call))
-    args, workspace = core.call.from_buffer(words), POOL.tensor(plan.workspace)
-    args.panels, args.has_panels, args.workspace = panels.buffer.data_ptr(), 1, workspace.data_ptr()
+    words, workspace = fresh(plan)
+    bind(plan, words, operands(call))
+    args = core.call.from_buffer(words)
+    args.panels, args.has_panels = panels.buffer.data_ptr(), 1
     shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
     addresses = ctypes.addressof(args), ctypes.addressof(panels.sizes)
     run = partial(core.run_panels, *addresses, panels.is_small, panels.fingerprints[panels.is_small])

@@ -1,0 +1,84 @@
+"""Plans: what is kept between calls of one kind, and on how many threads they run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from on_core import needs_core, run
+
+from festina import norms, reference
+from festina.backends.cpu import CPU, abi, memory, plans
+from festina.spec import CELLS, LayerSpec
+from festina.testing import TOLERANCES, Case, assert_close, evaluate, widened
+
+pytestmark = needs_core
+
+
+def test_a_struct_forgets_the_tensors_of_the_call_before():
+    """Resets, and gradients of outputs, that were there and no longer are; with the same plans throughout."""
+    call, cotangents = Case("lstm", norms.HASTE, T=4, B=3, H=9, features=("resets",)).build()
+    plain = replace(call, resets=None)
+    made = plans.make_plan.cache_info().misses
+    for same in (call, plain, call, plain):
+        want = evaluate(reference.run, widened(same), cotangents)
+        assert_close(evaluate(run, same, cotangents), want, TOLERANCES[torch.float32])
+        torch.testing.assert_close(CPU.forward(same)[0].double(), want["output"], atol=1e-5, rtol=1e-5)
+    assert plans.make_plan.cache_info().misses <= made + 3, "one plan for each pass"
+    outputs, saved = CPU.forward_train(plain)
+    wanted = [True] * len(plain.tensors())
+    for given in (cotangents, [cotangents[0], None, None]):
+        got = CPU.backward(plain, outputs, saved, given, wanted)
+        zeros = [torch.zeros_like(c) if g is None else c for c, g in zip(cotangents, given)]
+        want = CPU.backward(plain, outputs, saved, zeros, wanted)
+        torch.testing.assert_close(got, want)
+
+
+def test_a_plan_keeps_little_memory(monkeypatch):
+    small, _ = Case("lstm", norms.HASTE, T=1, B=1, H=9).build()
+    large, _ = Case("lstm", norms.HASTE, T=2, B=4, H=256).build()
+    for call, kept in ((small, 1), (large, 0)):
+        for _ in range(3):
+            CPU.forward_train(call)
+        plan = plans.plan_for(call, abi.TRAINING)
+        assert len(plan.idle) == kept
+        assert sum(buffer.nbytes for _, buffer in plan.idle) <= plans.MOST_IDLE_BYTES
+    CPU.release_memory()
+    assert not plans.plan_for(small, abi.TRAINING).idle
+    monkeypatch.setattr(memory.POOL, "limit", 0)
+    CPU.forward_train(small)
+    assert not plans.plan_for(small, abi.TRAINING).idle, "a pool that is off keeps nothing"
+
+
+def test_a_call_inside_a_call_has_a_struct_of_its_own():
+    """As when the garbage collector runs a layer in the middle of another call."""
+    call, _ = Case("gru", norms.HASTE, T=1, B=1, H=9).build()
+    plan = plans.plan_for(call, abi.TRAINING)
+    (first, one), (second, two) = plans.take(plan), plans.take(plan)
+    assert first is not second
+    assert one.data_ptr() != two.data_ptr()
+    plans.give(plan, first, one)
+    assert plans.take(plan) == (first, one)
+
+
+def test_an_error_of_the_core_is_raised_and_leaves_nothing_half_done(monkeypatch):
+    call, _ = Case("gru", norms.HASTE, T=2, B=1, H=11).build()
+    good = CPU.forward_train(call)[0]
+    right = plans.constants(call.layer)
+    monkeypatch.setattr(plans, "constants", lambda _: {**right, "cell": 99})
+    plans.make_plan.cache_clear()
+    with pytest.raises(RuntimeError, match="there is no kernel for cell unknown"):
+        CPU.forward_train(call)
+    monkeypatch.undo()
+    plans.make_plan.cache_clear()
+    torch.testing.assert_close(CPU.forward_train(call)[0], good, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("cell", "products"), [("lstm", 4 * 8 * 24), ("gru", 3 * 8 * 24), ("indrnn", 8 * 17)])
+def test_threads_are_as_many_as_the_products_are_worth(cell, products, monkeypatch):
+    """I = 16, H = P = 8, so the fewest steps that are worth two threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    N = -(-2 * plans.WORK_A_THREAD // products)
+    layer = LayerSpec(CELLS[cell])
+    assert [plans.threads_for(layer, n, 16, 8, 8) for n in (1, N - 1, N, 100 * N)] == [1, 1, 2, 4]
