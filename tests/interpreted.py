@@ -18,7 +18,7 @@ import triton.language as tl
 from cases import EVERY_PLAN, SIZES, TYPICAL, feature_sets
 
 from festina import backends, functional, norms, reference
-from festina.backends.triton import advance, direction, is_interpreting, loop, norm, steps
+from festina.backends.triton import advance, direction, is_interpreting, loop_tier, norm, steps
 from festina.spec import CELLS
 from festina.testing import TOLERANCES, Case, assert_close, evaluate, widened, worst
 
@@ -211,9 +211,9 @@ AROUND = Case("lstm", norms.HASTE, T=4, B=3, H=9, features=("zoneout", "zoneout_
 KERNEL_MUTANTS = [
     (LSTM, [(advance, "normalize")], wide_normalize),
     (LSTM, [(advance, "normalize_backward")], half_normalize_backward),
-    (AROUND, [(loop, "load_flags")], no_flags),
-    (AROUND, [(loop, "zoneout"), (advance, "zoneout")], crossed_zoneout),
-    (AROUND, [(loop, "zoneout_backward")], unkept_zoneout_backward),
+    (AROUND, [(loop_tier, "load_flags")], no_flags),
+    (AROUND, [(loop_tier, "zoneout"), (advance, "zoneout")], crossed_zoneout),
+    (AROUND, [(loop_tier, "zoneout_backward")], unkept_zoneout_backward),
     (AROUND, [(advance, "zoneout_backward")], unkept_zoneout_backward),
 ]
 STEP_MUTANTS = [

@@ -104,9 +104,11 @@ def resources(target: GPUTarget, binary: bytes) -> tuple[int, int]:
 @contextmanager
 def compiling(target: str) -> Iterator[list[Compiled]]:
     """Inside, kernels are compiled for `target` and not run; yields what was compiled, as it comes."""
-    from festina.backends.triton import direction, launch, loop, norm, step
+    from festina.backends.triton import direction, launch, loop_tier, norm, step_tier
 
-    kernels = [k for module in (loop, norm, step) for k in vars(module).values() if hasattr(k, "device_caches")]
+    kernels = [
+        k for module in (loop_tier, norm, step_tier) for k in vars(module).values() if hasattr(k, "device_caches")
+    ]
     stand_in = _Driver(*TARGETS[target])
     with pytest.MonkeyPatch.context() as patch:
         for kernel in kernels:

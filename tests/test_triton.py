@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="triton is not installed (it is for Linux a
 
 from offline import TARGETS, compiling
 
-from festina.backends.triton import direction, loop, norm, step
+from festina.backends.triton import direction, loop_tier, norm, step_tier
 from festina.backends.triton.direction import Direction, chunked
 
 if is_interpreting():
@@ -100,7 +100,7 @@ def test_states_before_each_step(features, rows, monkeypatch):
 def launches(monkeypatch):
     """The names of the kernels that would have been started."""
     names: list[str] = []
-    for module in (direction, loop, step):
+    for module in (direction, loop_tier, step_tier):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: names.append(kernel.__name__))
     return names
 

@@ -1,7 +1,7 @@
 """Triton: kernels for any GPU that Triton serves, NVIDIA and AMD. `docs/gpu.md` says what was tested, and how.
 
-Two tiers: for small H, and for IndRNN, the whole recurrence is one launch (`loop.py`); else one launch a step beside
-the product that the framework makes (`step.py`).
+Two tiers: for small H, and for IndRNN, the whole recurrence is one launch (`loop_tier.py`); else one launch a step beside
+the product that the framework makes (`step_tier.py`).
 """
 
 from __future__ import annotations

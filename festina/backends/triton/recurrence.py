@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from festina.backends.triton import loop, step
+from festina.backends.triton import loop_tier, step_tier
 from festina.backends.triton.advance import Chunk
 from festina.backends.triton.direction import Direction, Gradients, Run
 from festina.call import Call, Outputs
@@ -22,7 +22,7 @@ from festina.call import Call, Outputs
 
 def tier(direction: Direction) -> ModuleType:
     """The module that takes the steps of a run, forward and backward."""
-    return loop if direction.is_loop else step
+    return loop_tier if direction.is_loop else step_tier
 
 
 def scope(call: Call) -> AbstractContextManager[object]:
