@@ -18,7 +18,7 @@ import triton.language as tl
 from cases import EVERY_PLAN, SIZES, TYPICAL, feature_sets
 
 from festina import backends, functional, norms, reference
-from festina.backends.triton import advance, direction, is_interpreting, loop_tier, norm, steps
+from festina.backends.triton import cells, direction, is_interpreting, loop_tier, norm, step
 from festina.spec import CELLS
 from festina.testing import TOLERANCES, Case, assert_close, evaluate, widened, worst
 
@@ -153,7 +153,7 @@ def no_flags(ptr, n, is_row):
     return (is_row & False)[:, None]
 
 
-original_zoneout = advance.zoneout
+original_zoneout = step.zoneout
 
 
 @triton.jit
@@ -168,37 +168,37 @@ def unkept_zoneout_backward(d, keep, rate, n, col, mask, width: tl.constexpr):
 
 @triton.jit
 def lstm_update_crossed(x, h, s):
-    f, i, g = tl.sigmoid(x[0] + h[0]), tl.sigmoid(x[1] + h[1]), steps.tanh(x[2] + h[2])
+    f, i, g = tl.sigmoid(x[0] + h[0]), tl.sigmoid(x[1] + h[1]), cells.tanh(x[2] + h[2])
     return f * s + i * g
 
 
 @triton.jit
 def lstm_update_backward_short(x, h, s, d, d_late):
-    d_x, d_h, d_s = steps.lstm_update_backward(x, h, s, d, d_late)
+    d_x, d_h, d_s = cells.lstm_update_backward(x, h, s, d, d_late)
     return d_x, d_h, d_s * 0.999
 
 
 @triton.jit
 def gru_update_early_reset(x, h, s):
     r, z = tl.sigmoid(x[0] + h[0]), tl.sigmoid(x[1] + h[1])
-    return z * s + (1 - z) * steps.tanh(r * (x[2] + h[2]))
+    return z * s + (1 - z) * cells.tanh(r * (x[2] + h[2]))
 
 
 @triton.jit
 def gru_update_backward_shared(x, h, s, d, d_late):
-    d_x, _, d_s = steps.gru_update_backward(x, h, s, d, d_late)
+    d_x, _, d_s = cells.gru_update_backward(x, h, s, d, d_late)
     return d_x, d_x, d_s
 
 
 @triton.jit
 def gru_joint_unshifted(x, h, s):
     r, z = tl.sigmoid(x[0]), tl.sigmoid(x[1])
-    return z * steps.tanh(r * x[2]) + (1 - z) * s
+    return z * cells.tanh(r * x[2]) + (1 - z) * s
 
 
 @triton.jit
 def emit_without_output_gate(x, h, c):
-    return steps.tanh(c)
+    return cells.tanh(c)
 
 
 @triton.jit
@@ -209,14 +209,14 @@ def stateless_relu(x, h, s):
 LSTM, GRU = Case("lstm", norms.HASTE, H=9), Case("gru", norms.HASTE, H=9)
 AROUND = Case("lstm", norms.HASTE, T=4, B=3, H=9, features=("zoneout", "zoneout_cell", "resets", "bidirectional"))
 KERNEL_MUTANTS = [
-    (LSTM, [(advance, "normalize")], wide_normalize),
-    (LSTM, [(advance, "normalize_backward")], half_normalize_backward),
+    (LSTM, [(step, "normalize")], wide_normalize),
+    (LSTM, [(step, "normalize_backward")], half_normalize_backward),
     (AROUND, [(loop_tier, "load_flags")], no_flags),
-    (AROUND, [(loop_tier, "zoneout"), (advance, "zoneout")], crossed_zoneout),
+    (AROUND, [(loop_tier, "zoneout"), (step, "zoneout")], crossed_zoneout),
     (AROUND, [(loop_tier, "zoneout_backward")], unkept_zoneout_backward),
-    (AROUND, [(advance, "zoneout_backward")], unkept_zoneout_backward),
+    (AROUND, [(step, "zoneout_backward")], unkept_zoneout_backward),
 ]
-STEP_MUTANTS = [
+CELL_MUTANTS = [
     (LSTM, "lstm", {"update": lstm_update_crossed}),
     (LSTM, "lstm", {"update_backward": lstm_update_backward_short}),
     (LSTM, "lstm", {"emit": emit_without_output_gate}),
@@ -242,9 +242,9 @@ def test_a_wrong_kernel_is_found_out(case, places, mutant, monkeypatch):
     must_fail(case)
 
 
-@pytest.mark.parametrize(("case", "step", "wrong"), STEP_MUTANTS, ids=str)
-def test_a_wrong_step_is_found_out(case, step, wrong, monkeypatch):
-    monkeypatch.setitem(steps.STEPS, step, steps.STEPS[step]._replace(**wrong))
+@pytest.mark.parametrize(("case", "name", "wrong"), CELL_MUTANTS, ids=str)
+def test_a_wrong_cell_is_found_out(case, name, wrong, monkeypatch):
+    monkeypatch.setitem(cells.CELLS, name, cells.CELLS[name]._replace(**wrong))
     must_fail(case)
 
 

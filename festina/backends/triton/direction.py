@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from festina import reference
-from festina.backends.triton.advance import Around, Plan, Weights
 from festina.backends.triton.launch import block, launch, programs, rows_per_program
 from festina.backends.triton.norm import rows_backward, rows_forward
+from festina.backends.triton.step import Around, Plan, Weights
 from festina.call import Call
 
 STRIP = 64

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from festina.backends.triton import loop_tier, step_tier
-from festina.backends.triton.advance import Chunk
 from festina.backends.triton.direction import Direction, Gradients, Run
+from festina.backends.triton.step import Chunk
 from festina.call import Call, Outputs
 
 

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from festina.backends.triton.advance import Chunk, load_flags, place, step_back, step_on, zoneout, zoneout_backward
 from festina.backends.triton.launch import block, launch, programs, rows_per_program
 from festina.backends.triton.norm import load_tiles, store_tiles
+from festina.backends.triton.step import Chunk, load_flags, place, step_back, step_on, zoneout, zoneout_backward
 
 if TYPE_CHECKING:
     from festina.backends.triton.direction import Direction, Gradients, Run

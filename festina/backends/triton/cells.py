@@ -118,7 +118,7 @@ def keep_backward(x, h, s, d):
     return d, d
 
 
-class Step(NamedTuple):
+class Cell(NamedTuple):
     """The two halves of a cell and the way back through them; kernels take the four as constants."""
 
     update: Any
@@ -127,12 +127,12 @@ class Step(NamedTuple):
     emit_backward: Any = keep_backward
 
 
-STEPS = {
-    "lstm": Step(lstm_update, lstm_update_backward, lstm_emit, lstm_emit_backward),
-    "gru": Step(gru_update, gru_update_backward),
-    "gru_joint": Step(gru_joint_update, gru_joint_update_backward),
-    "indrnn": Step(indrnn_update, indrnn_update_backward),
-    "indrnn_relu": Step(indrnn_relu_update, indrnn_relu_update_backward),
+CELLS = {
+    "lstm": Cell(lstm_update, lstm_update_backward, lstm_emit, lstm_emit_backward),
+    "gru": Cell(gru_update, gru_update_backward),
+    "gru_joint": Cell(gru_joint_update, gru_joint_update_backward),
+    "indrnn": Cell(indrnn_update, indrnn_update_backward),
+    "indrnn_relu": Cell(indrnn_relu_update, indrnn_relu_update_backward),
 }
 """By the names of `CellSpec.steps`."""
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from festina.backends.triton.cells import CELLS, SOURCE, Cell
 from festina.backends.triton.norm import (
     load_row,
     load_tiles,
@@ -21,7 +22,6 @@ from festina.backends.triton.norm import (
     shifted,
     store_tiles,
 )
-from festina.backends.triton.steps import SOURCE, STEPS, Step
 from festina.spec import LayerSpec
 
 
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     Before Triton 3.8 a field is a constant only under a name of its own: `G: tl.constexpr = plan.G`.
     """
 
-    step: Step
+    cell: Cell
     source: str
     G: int
     H: int
@@ -55,7 +55,7 @@ class Plan(NamedTuple):
         """The plan of a layer of these sizes."""
         plan = layer.plan
         return cls(
-            step=STEPS[layer.step],
+            cell=CELLS[layer.step],
             source=SOURCE,
             G=len(layer.cell.gates),
             H=H,
@@ -134,9 +134,9 @@ def see(new, w, col, mask, plan: tl.constexpr):
 def advance(x, p, h, c, w, col, mask, plan: tl.constexpr):
     """To the new h, before projection and Zoneout, and the new c, before Zoneout."""
     from_x, from_h, _, _ = pre_activations(x, p, w, col, mask, plan)
-    new = plan.step.update(from_x, from_h, c if plan.has_c else h)
+    new = plan.cell.update(from_x, from_h, c if plan.has_c else h)
     seen, _, _ = see(new, w, col, mask, plan)
-    return plan.step.emit(from_x, from_h, seen), seen if plan.is_c_carried_normed else new
+    return plan.cell.emit(from_x, from_h, seen), seen if plan.is_c_carried_normed else new
 
 
 @triton.jit
@@ -148,10 +148,10 @@ def retreat(x, p, h, c, d_h, d_c, w, col, mask, plan: tl.constexpr):
     """
     from_x, from_h, normed, reciprocals = pre_activations(x, p, w, col, mask, plan)
     old = c if plan.has_c else h
-    new = plan.step.update(from_x, from_h, old)
+    new = plan.cell.update(from_x, from_h, old)
     seen, normed_c, reciprocal_c = see(new, w, col, mask, plan)
 
-    d_seen, d_late = plan.step.emit_backward(from_x, from_h, seen, d_h)
+    d_seen, d_late = plan.cell.emit_backward(from_x, from_h, seen, d_h)
     if plan.is_c_carried_normed:
         d_seen += d_c
     d_new = d_seen
@@ -160,7 +160,7 @@ def retreat(x, p, h, c, d_h, d_c, w, col, mask, plan: tl.constexpr):
         d_new = normalize_backward(d_normed_c, normed_c, reciprocal_c, mask, plan, ((0, 1),))[0]
     if plan.has_c and not plan.is_c_carried_normed:
         d_new += d_c
-    d_x, d_from_h, d_old = plan.step.update_backward(from_x, from_h, old, d_new, d_late)
+    d_x, d_from_h, d_old = plan.cell.update_backward(from_x, from_h, old, d_new, d_late)
 
     d_p = d_from_h
     if plan.has_hh_norm:
@@ -169,7 +169,7 @@ def retreat(x, p, h, c, d_h, d_c, w, col, mask, plan: tl.constexpr):
         d_p = normalize_backward(d_normed, normed, reciprocals, mask, plan, spans)
     if plan.is_joint:
         d_x = d_p
-    return d_x, d_from_h, d_p, d_old, d_seen, plan.step.emit(from_x, from_h, seen), new
+    return d_x, d_from_h, d_p, d_old, d_seen, plan.cell.emit(from_x, from_h, seen), new
 
 
 @triton.jit
