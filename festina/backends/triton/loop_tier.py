@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
-"""Tier 2: a program has a block of rows and takes them through all steps in one launch, states in registers.
+"""The loop tier: a program takes a block of rows through all steps in one launch, with their states in registers.
 
-The recurrent product is made inside, so H and P are small; a diagonal cell has no product and may be of any width.
-`first` is the place of the first step's first row among all packed steps, `at` its place in the chunk; from step to
-step both go on by `stride` rows, which is negative where steps are taken from the last to the first.
+The recurrent product is computed inside, so H and P are small; a diagonal cell has no such product and may have any
+width. `packed_start` is the first step's first row among all packed steps, `chunk_start` that in the chunk; each step
+moves both by `stride` rows, a negative number if steps are taken from the last to the first.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from festina.backends.triton.launch import block, launch, programs, rows_per_program
-from festina.backends.triton.norm import load_row, load_tiles, store_tiles
-from festina.backends.triton.step import Chunk, load_flags, place, step_back, step_on, zoneout, zoneout_backward
+from festina.backends.triton.step import Chunk, chunk_step, chunk_step_backward, load_flags, zoneout, zoneout_backward
+from festina.backends.triton.tile import load_row, load_tile, moved, place, store_tile
 
 if TYPE_CHECKING:
-    from festina.backends.triton.direction import Direction, Gradients, Run
+    from festina.backends.triton.direction import Direction, Gradients, Run, States
 
 
 @triton.jit
@@ -32,12 +32,13 @@ def load_matrix(ptr, row, col, rows: tl.constexpr, cols: tl.constexpr, stride: t
 
 @triton.jit
 def dot(a, b, precision: tl.constexpr):
+    """a · b with a cast to the dtype of b, a weight."""
     return tl.dot(a.to(b.dtype), b, input_precision=precision)
 
 
 @triton.jit
 def recurrent_product(h, hh, col, col_p, plan: tl.constexpr, precision: tl.constexpr):
-    """W_hh · h, a tile a gate; `hh` is the transposed W_hh `[P, G·H]` unless it is a diagonal."""
+    """W_hh · h, one tile per gate; `hh` is the transposed W_hh `[P, G·H]`, or the diagonal."""
     if plan.is_diagonal:
         return (h * load_row(hh, col, plan.H, 1)[0],)
     else:
@@ -62,107 +63,111 @@ def recurrent_product_backward(d_p, w, col, col_p, plan: tl.constexpr, precision
         return d_h
 
 
-@triton.jit(do_not_specialize=["first", "at", "stride", "steps", "rows"])
+@triton.jit(do_not_specialize=["packed_start", "chunk_start", "stride", "steps", "rows"])
 def loop_forward(
-    X, HH_T, HR_T, S_H, S_C, OUT, C, w, around, first, at, stride, steps, rows,
+    X, HH_T, HR_T, S_H, S_C, OUT, C, w, around, packed_start, chunk_start, stride, steps, rows,
     plan: tl.constexpr, precision: tl.constexpr, out_width: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """`steps` steps of `rows` rows, with the weights of both products transposed. The states S_H and S_C are overwritten;
-    C, where wanted, is c after every step."""
-    row, n, col, is_row, mask = place(rows, first, plan.H, BM, BH)
-    _, at_row, col_p, _, mask_p = place(rows, at, plan.P, BM, BP)
-    h = load_tiles(S_H, row, col_p, mask_p, plan.P, 1)[0]
+    """`steps` steps of `rows` rows; HH_T and HR_T are the transposed weights of both products. The states S_H and S_C are
+    overwritten; C, unless None, is c of all steps."""
+    first = place(rows, packed_start, chunk_start, plan.H, BM, BH)
+    first_p = place(rows, packed_start, chunk_start, plan.P, BM, BP)
+    packed_row, chunk_row = first.packed_row, first.chunk_row
+    h = load_tile(S_H, first_p.row, first_p, plan.P)
     c = None
     if plan.has_c:
-        c = load_tiles(S_C, row, col, mask, plan.H, 1)[0]
+        c = load_tile(S_C, first.row, first, plan.H)
     for _ in range(steps):
-        is_reset = load_flags(around.resets, n, is_row)
+        tile, tile_p = moved(first, packed_row, chunk_row), moved(first_p, packed_row, chunk_row)
+        is_reset = load_flags(around.resets, tile)
         h = tl.where(is_reset, 0.0, h)
         if plan.has_c:
             c = tl.where(is_reset, 0.0, c)
-        p = recurrent_product(h, HH_T, col, col_p, plan, precision)
-        new_h, new_c = step_on(X, C, p, h, c, w, around, n, at_row, col, mask, plan)
+        p = recurrent_product(h, HH_T, tile.col, tile_p.col, plan, precision)
+        new_h, new_c = chunk_step(X, C, p, h, c, w, around, tile, plan)
         if plan.has_c:
             c = new_c
         if plan.is_projected:
-            new_h = dot(new_h, load_matrix(HR_T, col, col_p, plan.H, plan.P, plan.P), precision)
-        h = zoneout(h, new_h, around.keep_h, around.rate_h, n, col_p, mask_p, plan.P)
+            new_h = dot(new_h, load_matrix(HR_T, tile.col, tile_p.col, plan.H, plan.P, plan.P), precision)
+        h = zoneout(h, new_h, around.keep_h, around.rate_h, tile_p, plan.P)
         h = h.to(OUT.dtype.element_ty).to(tl.float32)  # backward starts from what the output holds
-        store_tiles(OUT, (h,), n, col_p, mask_p, out_width, 1)
-        n += stride
-        at_row += stride
-    store_tiles(S_H, (h,), row, col_p, mask_p, plan.P, 1)
+        store_tile(OUT, h, packed_row, tile_p, out_width)
+        packed_row += stride
+        chunk_row += stride
+    store_tile(S_H, h, first_p.row, first_p, plan.P)
     if plan.has_c:
-        store_tiles(S_C, (c,), row, col, mask, plan.H, 1)
+        store_tile(S_C, c, first.row, first, plan.H)
 
 
-@triton.jit(do_not_specialize=["first", "at", "stride", "steps", "rows"])
+@triton.jit(do_not_specialize=["packed_start", "chunk_start", "stride", "steps", "rows"])
 def loop_backward(
-    chunk, D_OUT, D_H, D_C, w, around, first, at, stride, steps, rows,
+    chunk, D_OUT, D_H, D_C, w, around, packed_start, chunk_start, stride, steps, rows,
     plan: tl.constexpr, precision: tl.constexpr, out_width: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Back through `steps` steps, from the last one; D_H and D_C, the gradients of the states, are overwritten."""
-    row, n, col, is_row, mask = place(rows, first, plan.H, BM, BH)
-    _, at_row, col_p, _, mask_p = place(rows, at, plan.P, BM, BP)
-    d_h = load_tiles(D_H, row, col_p, mask_p, plan.P, 1)[0]
+    """Backward of `loop_forward`, from the last step; D_H and D_C, the gradients of the states, are overwritten."""
+    first = place(rows, packed_start, chunk_start, plan.H, BM, BH)
+    first_p = place(rows, packed_start, chunk_start, plan.P, BM, BP)
+    packed_row, chunk_row = first.packed_row, first.chunk_row
+    d_h = load_tile(D_H, first_p.row, first_p, plan.P)
     d_c = None
     if plan.has_c:
-        d_c = load_tiles(D_C, row, col, mask, plan.H, 1)[0]
+        d_c = load_tile(D_C, first.row, first, plan.H)
     for _ in range(steps):
-        is_reset = load_flags(around.resets, n, is_row)
+        tile, tile_p = moved(first, packed_row, chunk_row), moved(first_p, packed_row, chunk_row)
+        is_reset = load_flags(around.resets, tile)
         if D_OUT is not None:
-            d_h += load_tiles(D_OUT, n, col_p, mask_p, out_width, 1)[0]
-        d_kept, d_new = zoneout_backward(d_h, around.keep_h, around.rate_h, n, col_p, mask_p, plan.P)
+            d_h += load_tile(D_OUT, packed_row, tile_p, out_width)
+        d_kept, d_new = zoneout_backward(d_h, around.keep_h, around.rate_h, tile_p, plan.P)
         if plan.is_projected:
-            store_tiles(chunk.d_q, (d_new,), at_row, col_p, mask_p, plan.P, 1)
-            d_new = dot(d_new, load_matrix(w.hr, col_p, col, plan.P, plan.H, plan.H), precision)
-        d_p, d_old = step_back(chunk, d_new, d_c, w, around, is_reset, n, at_row, col, mask, plan)
-        d_h = tl.where(is_reset, 0.0, d_kept) + recurrent_product_backward(d_p, w, col, col_p, plan, precision)
+            store_tile(chunk.d_projected, d_new, chunk_row, tile_p, plan.P)
+            d_new = dot(d_new, load_matrix(w.hr, tile_p.col, tile.col, plan.P, plan.H, plan.H), precision)
+        d_p, d_old = chunk_step_backward(chunk, d_new, d_c, w, around, is_reset, tile, plan)
+        d_h = tl.where(is_reset, 0.0, d_kept)
+        d_h += recurrent_product_backward(d_p, w, tile.col, tile_p.col, plan, precision)
         if plan.has_c:
             d_c = d_old
         else:
             d_h += d_old
-        n += stride
-        at_row += stride
-    store_tiles(D_H, (d_h,), row, col_p, mask_p, plan.P, 1)
+        packed_row += stride
+        chunk_row += stride
+    store_tile(D_H, d_h, first_p.row, first_p, plan.P)
     if plan.has_c:
-        store_tiles(D_C, (d_c,), row, col, mask, plan.H, 1)
+        store_tile(D_C, d_c, first.row, first, plan.H)
 
 
 def precision() -> str:
-    """How float32 products are made: as torch makes its own."""
+    """How float32 products are computed: as torch computes its own."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def rows_of(direction: Direction) -> int:
-    """Rows a program: those of a tensor core's tile, or where no product is made what makes a launch wide."""
+def program_rows(direction: Direction) -> int:
+    """Rows of one program: those of a tensor core's tile, or without a product, few enough for a wide launch."""
     return rows_per_program(block(direction.H)) if direction.plan.is_diagonal else 16
 
 
-def forward(
-    direction: Direction, run: Run, x: Tensor, at: int, h: Tensor, c: Tensor | None, output: Tensor, kept: Tensor | None
-) -> None:
-    """The steps of a run, whose part of the chunk `x` begins at row `at`. The states h and c `[B, ...]` go on."""
-    first, stride = direction.places(run)
-    BM, BH, BP = rows_of(direction), block(direction.H), block(direction.P)
+def forward(direction: Direction, run: Run, x: Tensor, chunk_origin: int, states: States) -> None:
+    """The steps of a run. `x` is the chunk's input product; the chunk begins at packed row `chunk_origin`."""
+    packed_start, stride = direction.start_and_stride(run)
+    BM, BH, BP = program_rows(direction), block(direction.H), block(direction.P)
     launch(
         loop_forward, programs(run.rows, BM), BM * BH,
-        X=x, HH_T=direction.transposed("weight_hh"), HR_T=direction.transposed("weight_hr"), S_H=h, S_C=c, OUT=output,
-        C=kept, w=direction.weights, around=direction.around, first=first, at=at + first - run.start, stride=stride,
-        steps=run.steps, rows=run.rows, plan=direction.plan, precision=precision(), out_width=output.stride(0),
-        BM=BM, BH=BH, BP=BP,
+        X=x, HH_T=direction.transposed("weight_hh"), HR_T=direction.transposed("weight_hr"), S_H=states.h, S_C=states.c,
+        OUT=states.output, C=states.every_c, w=direction.weights, around=direction.around, packed_start=packed_start,
+        chunk_start=packed_start - chunk_origin, stride=stride, steps=run.steps, rows=run.rows,
+        plan=direction.plan, precision=precision(), out_width=states.out_width, BM=BM, BH=BH, BP=BP,
     )  # fmt: skip
 
 
-def backward(direction: Direction, run: Run, chunk: Chunk, at: int, gradients: Gradients) -> None:
-    """Back through the steps of a run, whose part of the chunk begins at row `at`."""
-    first, stride = direction.places(run, backward=True)
-    BM, BH, BP = rows_of(direction), block(direction.H), block(direction.P)
+def backward(direction: Direction, run: Run, chunk: Chunk, chunk_origin: int, gradients: Gradients) -> None:
+    """Backward of the steps of a run. The chunk begins at packed row `chunk_origin`."""
+    packed_start, stride = direction.start_and_stride(run, backward=True)
+    BM, BH, BP = program_rows(direction), block(direction.H), block(direction.P)
     launch(
         loop_backward, programs(run.rows, BM), BM * BH,
         chunk=chunk, D_OUT=gradients.output, D_H=gradients.h, D_C=gradients.c, w=direction.weights,
-        around=direction.around, first=first, at=at + first - run.start, stride=stride, steps=run.steps, rows=run.rows,
-        plan=direction.plan, precision=precision(), out_width=gradients.out_width, BM=BM, BH=BH, BP=BP,
+        around=direction.around, packed_start=packed_start, chunk_start=packed_start - chunk_origin, stride=stride,
+        steps=run.steps, rows=run.rows, plan=direction.plan, precision=precision(), out_width=gradients.out_width,
+        BM=BM, BH=BH, BP=BP,
     )  # fmt: skip

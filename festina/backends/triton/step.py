@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
-"""One step of any cell under any plan, forward and back, on tiles: what the two tiers have in common.
+"""One step of any cell under any plan, forward and backward, on tiles: what both tiers share.
 
-Neither loads a state nor makes a product: `x` is this step's part of the input, `p` the recurrent product, both as
-tuples with a tile a gate; h and c are tiles, c is None where the cell has none.
+`cell_step` works in registers alone; `chunk_step` loads the step's input product from a chunk and adds Zoneout on c.
+x is the input product and p the recurrent product, both tuples with one tile per gate; h and c are tiles, and c is None
+if the cell has none.
 """
 
 from __future__ import annotations
@@ -13,23 +14,16 @@ import triton
 import triton.language as tl
 
 from festina.backends.triton.cells import CELLS, SOURCE, Cell
-from festina.backends.triton.norm import (
-    load_row,
-    load_tiles,
-    normalize,
-    normalize_backward,
-    scaled,
-    shifted,
-    store_tiles,
-)
+from festina.backends.triton.norm import normalize, normalize_backward, scaled, shifted
+from festina.backends.triton.tile import load_row, load_tile, load_tiles, store_tile, store_tiles
 from festina.spec import LayerSpec
 
 
 class Plan(NamedTuple):
-    """A layer as kernels take it: one constant.
+    """A layer and its sizes, as the one constant that kernels take.
 
-    `source` is there for Triton's cache on disk, which knows a function inside a constant by its name alone: without it
-    a changed step would run as the old one.
+    `source` is for Triton's cache on disk, which knows a function inside a constant by its name alone: without it a
+    changed cell would run as the old one.
 
     Before Triton 3.8 a field is a constant only under a name of its own: `G: tl.constexpr = plan.G`.
     """
@@ -40,7 +34,7 @@ class Plan(NamedTuple):
     H: int
     P: int
     spans: tuple[tuple[int, int], ...]
-    centred: bool
+    is_centred: bool
     eps: float
     is_joint: bool
     has_hh_norm: bool
@@ -61,7 +55,7 @@ class Plan(NamedTuple):
             H=H,
             P=P,
             spans=tuple(plan.spans(len(layer.cell.gates))),
-            centred=plan.kind == "layer",
+            is_centred=plan.kind == "layer",
             eps=plan.eps,
             is_joint=plan.placement == "joint",
             has_hh_norm=plan.placement != "none" and not layer.cell.diagonal,
@@ -74,18 +68,18 @@ class Plan(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What a step reads besides its input: contiguous tensors, or None where the layer has no such parameter."""
+    """The parameters that a step reads: contiguous tensors, or None if the layer has no such parameter."""
 
     hh: Any  # [G·H, P], or [H] of a diagonal cell
     hr: Any  # [P, H]
-    gain: Any  # the norm on the recurrent product, or on the sum if it is joint
+    gain: Any  # of the norm on the recurrent product, or on the sum if it is joint
     shift: Any
     gain_c: Any
     bias_c: Any
 
 
 class Around(NamedTuple):
-    """What happens around the cell: flags as bytes, packed as the steps are, and rates; None where there is nothing."""
+    """Resets and Zoneout, which act around the cell: packed flags as bytes, and rates; None if the call has none."""
 
     resets: Any
     keep_h: Any
@@ -95,21 +89,21 @@ class Around(NamedTuple):
 
 
 @triton.jit
-def pre_activations(x, p, w, col, mask, plan: tl.constexpr):
-    """What the cell sees from x and from h; and p (or x + p) normalised with its reciprocals, for the way back."""
+def pre_activations(x, p, w, tile, plan: tl.constexpr):
+    """The pre-activations from x and from h; then p (x + p if joint) normalised and its reciprocals, for backward."""
     G: tl.constexpr = plan.G
-    raw = p
+    v = p
     if plan.is_joint:
-        raw = ()
+        v = ()
         for g in tl.static_range(G):
-            raw += (x[g] + p[g],)
-    normed, reciprocals = raw, raw
-    from_h = raw
+            v += (x[g] + p[g],)
+    normed, reciprocals = v, v
+    from_h = v
     if plan.has_hh_norm:
         spans: tl.constexpr = plan.spans
-        normed, reciprocals = normalize(raw, mask, plan, spans)
-        from_h = scaled(normed, w.gain, col, plan.H, G)
-    from_h = shifted(from_h, w.shift, col, plan.H, G)
+        normed, reciprocals = normalize(v, tile.mask, plan, spans)
+        from_h = scaled(normed, w.gain, tile.col, plan.H, G)
+    from_h = shifted(from_h, w.shift, tile.col, plan.H, G)
     if plan.is_joint:
         zeros = ()
         for g in tl.static_range(G):
@@ -120,44 +114,44 @@ def pre_activations(x, p, w, col, mask, plan: tl.constexpr):
 
 
 @triton.jit
-def see(new, w, col, mask, plan: tl.constexpr):
-    """The updated state as `emit` sees it; and normalised with its reciprocal, for the way back."""
+def norm_c(new, w, tile, plan: tl.constexpr):
+    """The updated state as `emit` sees it, behind the norm on c; then normalised and its reciprocal, for backward."""
     if plan.has_c_norm:
-        normed, reciprocals = normalize((new,), mask, plan, ((0, 1),))
-        seen = shifted(scaled(normed, w.gain_c, col, plan.H, 1), w.bias_c, col, plan.H, 1)
+        normed, reciprocals = normalize((new,), tile.mask, plan, ((0, 1),))
+        seen = shifted(scaled(normed, w.gain_c, tile.col, plan.H, 1), w.bias_c, tile.col, plan.H, 1)
         return seen[0], normed, reciprocals
     else:
         return new, (new,), (new,)
 
 
 @triton.jit
-def advance(x, p, h, c, w, col, mask, plan: tl.constexpr):
-    """To the new h, before projection and Zoneout, and the new c, before Zoneout."""
-    from_x, from_h, _, _ = pre_activations(x, p, w, col, mask, plan)
+def cell_step(x, p, h, c, w, tile, plan: tl.constexpr):
+    """The new h, before projection and Zoneout, and the new c, before Zoneout."""
+    from_x, from_h, _, _ = pre_activations(x, p, w, tile, plan)
     new = plan.cell.update(from_x, from_h, c if plan.has_c else h)
-    seen, _, _ = see(new, w, col, mask, plan)
+    seen, _, _ = norm_c(new, w, tile, plan)
     return plan.cell.emit(from_x, from_h, seen), seen if plan.is_c_carried_normed else new
 
 
 @triton.jit
-def retreat(x, p, h, c, d_h, d_c, w, col, mask, plan: tl.constexpr):
-    """Back through `advance`, whose results are computed once more.
+def cell_step_backward(x, p, h, c, d_h, d_c, w, tile, plan: tl.constexpr):
+    """Backward of `cell_step`, whose results are computed again.
 
-    Returns the gradients of x, of what is added to the shift, of p, of the old state that the cell carries, and of
-    what the norm on c gave; then the new h, and c before its norm.
+    Returns the gradients of x, of what the shift is added to (the norm of p or x + p, or p itself), of p, of the state
+    that the cell updates, and of the result of the norm on c; then the new h, and c before its norm.
     """
-    from_x, from_h, normed, reciprocals = pre_activations(x, p, w, col, mask, plan)
+    from_x, from_h, normed, reciprocals = pre_activations(x, p, w, tile, plan)
     old = c if plan.has_c else h
     new = plan.cell.update(from_x, from_h, old)
-    seen, normed_c, reciprocal_c = see(new, w, col, mask, plan)
+    seen, normed_c, reciprocal_c = norm_c(new, w, tile, plan)
 
     d_seen, d_late = plan.cell.emit_backward(from_x, from_h, seen, d_h)
     if plan.is_c_carried_normed:
         d_seen += d_c
     d_new = d_seen
     if plan.has_c_norm:
-        d_normed_c = scaled((d_seen,), w.gain_c, col, plan.H, 1)
-        d_new = normalize_backward(d_normed_c, normed_c, reciprocal_c, mask, plan, ((0, 1),))[0]
+        d_normed_c = scaled((d_seen,), w.gain_c, tile.col, plan.H, 1)
+        d_new = normalize_backward(d_normed_c, normed_c, reciprocal_c, tile.mask, plan, ((0, 1),))[0]
     if plan.has_c and not plan.is_c_carried_normed:
         d_new += d_c
     d_x, d_from_h, d_old = plan.cell.update_backward(from_x, from_h, old, d_new, d_late)
@@ -165,36 +159,33 @@ def retreat(x, p, h, c, d_h, d_c, w, col, mask, plan: tl.constexpr):
     d_p = d_from_h
     if plan.has_hh_norm:
         spans: tl.constexpr = plan.spans
-        d_normed = scaled(d_from_h, w.gain, col, plan.H, plan.G)
-        d_p = normalize_backward(d_normed, normed, reciprocals, mask, plan, spans)
+        d_normed = scaled(d_from_h, w.gain, tile.col, plan.H, plan.G)
+        d_p = normalize_backward(d_normed, normed, reciprocals, tile.mask, plan, spans)
     if plan.is_joint:
         d_x = d_p
     return d_x, d_from_h, d_p, d_old, d_seen, plan.cell.emit(from_x, from_h, seen), new
 
 
 @triton.jit
-def place(rows, first, width: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's rows and their places from `first` on, its columns, which rows there are, and the tile's mask."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    col = tl.arange(0, BLOCK)
-    is_row = row < rows
-    return row, tl.cast(first, tl.int64) + row, col, is_row, is_row[:, None] & (col < width)[None, :]
-
-
-@triton.jit
-def load_flags(ptr, n, is_row):
-    """A flag a row, as `[rows, 1]`; False where there is no tensor to ask."""
+def load_flags(ptr, tile):
+    """One flag per row, `[rows, 1]`; False if `ptr` is None."""
     if ptr is None:
-        return (is_row & False)[:, None]
+        return (tile.is_row & False)[:, None]
     else:
-        return (tl.load(ptr + n, mask=is_row, other=0) != 0)[:, None]
+        return (tl.load(ptr + tile.packed_row, mask=tile.is_row, other=0) != 0)[:, None]
 
 
 @triton.jit
-def zoneout(old, new, keep, rate, n, col, mask, width: tl.constexpr):
-    """Where `keep` says so, or by the expectation at `rate`, the old value stays."""
+def load_keep(ptr, tile, width: tl.constexpr):
+    """A Zoneout mask: True where the old value stays."""
+    return tl.load(ptr + tile.packed_row[:, None] * width + tile.col[None, :], mask=tile.mask, other=0) != 0
+
+
+@triton.jit
+def zoneout(old, new, keep, rate, tile, width: tl.constexpr):
+    """The old value where the mask `keep` is True, or the expectation at `rate`; the new value if both are None."""
     if keep is not None:
-        return tl.where(tl.load(keep + n[:, None] * width + col[None, :], mask=mask, other=0) != 0, old, new)
+        return tl.where(load_keep(keep, tile, width), old, new)
     elif rate is not None:
         return rate * old + (1 - rate) * new
     else:
@@ -202,11 +193,11 @@ def zoneout(old, new, keep, rate, n, col, mask, width: tl.constexpr):
 
 
 @triton.jit
-def zoneout_backward(d, keep, rate, n, col, mask, width: tl.constexpr):
+def zoneout_backward(d, keep, rate, tile, width: tl.constexpr):
     """The gradients of old and new."""
     zero = tl.zeros_like(d)
     if keep is not None:
-        kept = tl.load(keep + n[:, None] * width + col[None, :], mask=mask, other=0) != 0
+        kept = load_keep(keep, tile, width)
         return tl.where(kept, d, zero), tl.where(kept, zero, d)
     elif rate is not None:
         return rate * d, (1 - rate) * d
@@ -215,69 +206,67 @@ def zoneout_backward(d, keep, rate, n, col, mask, width: tl.constexpr):
 
 
 @triton.jit
-def step_on(X, C, p, h, c, w, around, n, at, col, mask, plan: tl.constexpr):
-    """A step from x in memory and the states after resets: to h before projection and Zoneout, and to c, also into C.
+def chunk_step(X, C, p, h, c, w, around, tile, plan: tl.constexpr):
+    """`cell_step` with x from the chunk X, then Zoneout on c; h and c are the states after resets.
 
-    n are the rows' places among all packed steps, `at` those in the chunk X.
+    Returns h before projection and Zoneout, and c; unless C is None, c is also stored there, among all packed steps.
     """
-    x = load_tiles(X, at, col, mask, plan.H, plan.G)
-    new_h, new_c = advance(x, p, h, c, w, col, mask, plan)
+    x = load_tiles(X, tile.chunk_row, tile, plan.H, plan.G)
+    new_h, new_c = cell_step(x, p, h, c, w, tile, plan)
     if plan.has_c:
-        new_c = zoneout(c, new_c, around.keep_c, around.rate_c, n, col, mask, plan.H)
+        new_c = zoneout(c, new_c, around.keep_c, around.rate_c, tile, plan.H)
         if C is not None:
-            store_tiles(C, (new_c,), n, col, mask, plan.H, 1)
+            store_tile(C, new_c, tile.packed_row, tile, plan.H)
     return new_h, new_c
 
 
 class Chunk(NamedTuple):
-    """What a backward step finds in memory, for some steps in a row, and what it leaves there."""
+    """What backward steps read and write in memory, for the packed steps of a chunk; a field is None if it is not needed."""
 
-    x: Any  # float32 [rows, G·H]: what x gave
-    d_x: (
-        Any  # float32 [rows, G·H]: its gradient, in the same place if x is not needed any more; None if it is that of p
-    )
-    p: Any  # [rows, G·H]: the recurrent product; None for a diagonal cell
+    x: Any  # float32 [rows, G·H]: the input product, normalised and shifted unless the norm is joint
+    d_x: Any  # float32 [rows, G·H]: its gradient, stored over x if x is not needed again; None if it equals d_p
+    p: Any  # [rows, G·H]: the recurrent product; None of a diagonal cell
     h: Any  # [rows, P]: h before each step, after resets
-    c: Any  # float32 [rows, H]: likewise; becomes what the norm on c took, if there is one
-    d_a: Any  # float32 [rows, G·H]: gradient of what is added to shift: of p, of the norm of p or x + p; None if it is d_p
-    d_p: Any  # [rows, G·H]: gradient of p, zero after a reset: it goes on to the h before
-    d_seen: Any  # float32 [rows, H]: gradient of what the norm on c gave, if there is one
-    unprojected: Any  # [rows, H]: h before its projection, if there is one
-    d_q: Any  # [rows, P]: gradient of the projected h, likewise
+    c: Any  # float32 [rows, H]: c likewise; overwritten by the input of the norm on c, if the plan has one
+    d_a: Any  # float32 [rows, G·H]: gradient of what the shift is added to; None if it equals d_p
+    d_p: Any  # [rows, G·H]: gradient of p, zero after a reset: the source of that of the previous h
+    d_seen: Any  # float32 [rows, H]: gradient of the result of the norm on c
+    unprojected: Any  # [rows, H]: h before its projection
+    d_projected: Any  # [rows, P]: gradient of the projected h
 
 
 @triton.jit
-def step_back(chunk, d_h, d_c, w, around, is_reset, n, at, col, mask, plan: tl.constexpr):
-    """Back through `step_on`, from the gradients of its h and of c after Zoneout: to those of p and of the old state.
+def chunk_step_backward(chunk, d_h, d_c, w, around, is_reset, tile, plan: tl.constexpr):
+    """Backward of `chunk_step`, from the gradients of its results: those of p and of the state that the cell updates.
 
-    That of p comes in the type of the product which it goes into.
+    The gradient of p has the dtype of the product that takes it. The fields of `chunk` are filled.
     """
-    x = load_tiles(chunk.x, at, col, mask, plan.H, plan.G)
+    x = load_tiles(chunk.x, tile.chunk_row, tile, plan.H, plan.G)
     h, c, d_kept = None, None, None
     if plan.has_c:
-        c = load_tiles(chunk.c, at, col, mask, plan.H, 1)[0]
-        d_kept, d_c = zoneout_backward(d_c, around.keep_c, around.rate_c, n, col, mask, plan.H)
+        c = load_tile(chunk.c, tile.chunk_row, tile, plan.H)
+        d_kept, d_c = zoneout_backward(d_c, around.keep_c, around.rate_c, tile, plan.H)
     else:
-        h = load_tiles(chunk.h, at, col, mask, plan.H, 1)[0]
-    p = None if plan.is_diagonal else load_tiles(chunk.p, at, col, mask, plan.H, plan.G)
+        h = load_tile(chunk.h, tile.chunk_row, tile, plan.H)
+    p = None if plan.is_diagonal else load_tiles(chunk.p, tile.chunk_row, tile, plan.H, plan.G)
     if plan.is_diagonal:
-        p = (h * load_row(w.hh, col, plan.H, 1)[0],)
+        p = (h * load_row(w.hh, tile.col, plan.H, 1)[0],)
 
-    d_x, d_a, d_products, d_old, d_seen, new_h, new_c = retreat(x, p, h, c, d_h, d_c, w, col, mask, plan)
+    d_x, d_a, d_products, d_old, d_seen, new_h, new_c = cell_step_backward(x, p, h, c, d_h, d_c, w, tile, plan)
     G: tl.constexpr = plan.G
     d_p = ()
     for g in tl.static_range(G):
-        d_p += (tl.where(is_reset | (mask == 0), 0.0, d_products[g]).to(chunk.d_p.dtype.element_ty),)
-    store_tiles(chunk.d_p, d_p, at, col, mask, plan.H, plan.G)
+        d_p += (tl.where(is_reset | (tile.mask == 0), 0.0, d_products[g]).to(chunk.d_p.dtype.element_ty),)
+    store_tiles(chunk.d_p, d_p, tile.chunk_row, tile, plan.H, plan.G)
     if chunk.d_x is not None:
-        store_tiles(chunk.d_x, d_x, at, col, mask, plan.H, plan.G)
+        store_tiles(chunk.d_x, d_x, tile.chunk_row, tile, plan.H, plan.G)
     if chunk.d_a is not None:
-        store_tiles(chunk.d_a, d_a, at, col, mask, plan.H, plan.G)
+        store_tiles(chunk.d_a, d_a, tile.chunk_row, tile, plan.H, plan.G)
     if plan.has_c_norm:
-        store_tiles(chunk.c, (new_c,), at, col, mask, plan.H, 1)
-        store_tiles(chunk.d_seen, (d_seen,), at, col, mask, plan.H, 1)
+        store_tile(chunk.c, new_c, tile.chunk_row, tile, plan.H)
+        store_tile(chunk.d_seen, d_seen, tile.chunk_row, tile, plan.H)
     if plan.is_projected:
-        store_tiles(chunk.unprojected, (new_h,), at, col, mask, plan.H, 1)
+        store_tile(chunk.unprojected, new_h, tile.chunk_row, tile, plan.H)
     if plan.has_c:
         d_old += d_kept
     return d_p, tl.where(is_reset, 0.0, d_old)
