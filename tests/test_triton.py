@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,15 @@ import torch
 
 from festina import backends, functional, norms, reference
 from festina.backends import BackendError
-from festina.backends.triton import TRITON, is_interpreting
+from festina.backends.triton import STEPS, TRITON, is_interpreting
+from festina.spec import LayerSpec
 from festina.testing import Case, evaluate, widened, worst
 
 pytest.importorskip("triton", reason="triton is not installed (it needs Linux); pip install 'festina[triton]'")
 
 from offline import TARGETS, compiling
 
-from festina.backends.triton import direction, loop_tier, norm, step_tier
+from festina.backends.triton import cells, direction, loop_tier, norm, step_tier
 from festina.backends.triton.direction import Direction, chunked
 
 if is_interpreting():
@@ -45,6 +47,24 @@ def test_it_says_why_it_does_not_run():
     assert refusal(wide, "cuda") == "it serves float32, bfloat16, float16, not torch.float64"
     reason = "it has no kernel for a plan where a bias sits inside the recurrent norm"
     assert refusal(Case("lstm", norms.SOCKEYE), "cuda") == reason
+
+
+def test_a_cell_without_a_kernel_is_refused():
+    layer = LayerSpec(replace(LSTM.layer.cell, name="peephole", steps={"none": "peephole"}))
+    case = LSTM.on("cuda")._replace(layer=layer)
+    assert TRITON.can_run(case) == "it has no kernel for the peephole step"
+
+
+def test_the_steps_that_it_serves_are_the_cells_that_it_has():
+    assert set(STEPS) == set(cells.CELLS)
+
+
+def test_nothing_imports_triton_before_a_kernel_runs():
+    code = (
+        "import sys, torch, festina; from festina import backends;"
+        "backends.explain(festina.LSTM(2, 3), torch.zeros(4, 1, 2)); assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_it_runs_only_on_request():

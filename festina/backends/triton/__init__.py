@@ -1,7 +1,7 @@
 """Triton: kernels for any GPU that Triton serves, NVIDIA and AMD. `docs/gpu.md` says what was tested, and how.
 
-Two tiers: for small H, and for IndRNN, the whole recurrence is one launch (`loop_tier.py`); else one launch a step beside
-the product that the framework makes (`step_tier.py`).
+Two tiers: for small H, and for IndRNN, the whole recurrence is one launch (`loop_tier.py`); otherwise one launch a step
+beside the product that torch computes (`step_tier.py`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from festina.call import Call, Case, Outputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+STEPS = ("lstm", "gru", "gru_joint", "indrnn", "indrnn_relu")
+"""The steps that have a kernel: the keys of `cells.CELLS`, known here without importing Triton."""
+
 
 def is_interpreting() -> bool:
-    """Kernels run on the CPU, one operation at a time: how they are tested where there is no GPU."""
+    """True if kernels run in Triton's interpreter, on CPU tensors: how they are tested without a GPU."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 class Triton:
-    """Runs the kernels of this package; Triton itself is imported when the first one is needed."""
+    """Runs the kernels of this package; Triton is imported when the first one is needed."""
 
     name = "triton"
 
@@ -35,6 +38,8 @@ class Triton:
             return f"it serves {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, not {case.dtype}"
         if case.layer.rare:
             return case.layer.rare
+        if case.layer.step not in STEPS:
+            return f"it has no kernel for the {case.layer.step} step"
         if is_interpreting():
             return "Triton's interpreter rounds bfloat16 wrongly" if case.dtype == torch.bfloat16 else None
         if case.device != "cuda":
@@ -53,7 +58,7 @@ class Triton:
         return recurrence.forward(call, saved[0] if saved else None), saved
 
     def saved_like(self, call: Call) -> list[Tensor]:
-        """c after every step: all that is kept besides the output."""
+        """c after every step: all that is kept beyond the output."""
         if call.c_0 is None:
             return []
         D, _, H = call.c_0.shape
