@@ -208,16 +208,6 @@ class LayerSpec:
             return self.cell.early_step
         return self.cell.steps[self.plan.placement]
 
-    @property
-    def rare(self) -> str | None:
-        """Why a backend without kernels for the rarest plans refuses this layer, as `can_run` says it; None: it need not."""
-        phrases = {
-            "the reset gate acts before the norm": self.plan.reset != "normed",
-            "c is clipped": self.plan.clip is not None,
-            "a bias sits inside the recurrent norm": "bias_inner_hh" in self.parameter_names,
-        }
-        return next((f"it has no kernel for a plan where {what}" for what, needed in phrases.items() if needed), None)
-
     @staticmethod
     @cache
     def parse(token: str) -> LayerSpec:

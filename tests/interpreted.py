@@ -1,8 +1,8 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors, against the reference in float64.
 
-The interpreter must be asked for before Triton is imported, so `test_triton.py` starts this file in processes of its
-own. By hand: `TRITON_INTERPRET=1 pytest tests/interpreted.py`, with `-m full` for the whole product. The suite that all
-backends share runs in the interpreter likewise: `TRITON_INTERPRET=1 pytest tests/test_backends.py -k triton`.
+The interpreter must be chosen before Triton is imported, so `test_triton.py` runs this file in separate processes. By
+hand: `TRITON_INTERPRET=1 pytest tests/interpreted.py`, with `-m full` for the whole product. The suite that all backends
+share runs in the interpreter too: `TRITON_INTERPRET=1 pytest tests/test_backends.py -k triton`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton.language as tl
 from cases import EVERY_PLAN, SIZES, TYPICAL, feature_sets
 
 from festina import backends, functional, norms, reference
-from festina.backends.triton import advance, direction, is_interpreting, loop, norm, steps
+from festina.backends.triton import TRITON, cells, direction, is_interpreting, loop_tier, norm, step
 from festina.spec import CELLS
 from festina.testing import TOLERANCES, Case, assert_close, evaluate, widened, worst
 
@@ -32,7 +32,7 @@ def in_dtype(case: Case, dtype: torch.dtype) -> Case:
 
 
 def listed() -> Iterator[tuple[str, Case]]:
-    """Each plan once and each set of features once, tiers in turn; then sizes, and float16."""
+    """Each plan once and each set of features once, with alternating tiers; then sizes, and float16."""
     tiers = cycle(TIERS)
     for cell in CELLS.values():
         sets = [(), *feature_sets(cell)]
@@ -57,14 +57,15 @@ def whole_product() -> Iterator[tuple[str, Case]]:
 
 
 def part(tried: Iterator[tuple[str, Case]]) -> list[tuple[str, Case]]:
-    """All that the backend has kernels for, or those of one process among several."""
-    mine, of = map(int, os.environ.get("FESTINA_PART", "0/1").split("/"))
-    return [pair for pair in dict.fromkeys(tried) if pair[1].layer.rare is None][mine::of]
+    """The pairs for which the backend has kernels; of several processes, this one's share."""
+    index, processes = map(int, os.environ.get("FESTINA_PART", "0/1").split("/"))
+    served = [(tier, case) for tier, case in dict.fromkeys(tried) if TRITON.can_run(case.on("cpu")) is None]
+    return served[index::processes]
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """New memory holds NaN, so an element that is never written shows."""
+    """New memory holds NaN, so that an element never written shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     with backends.use("triton"):
         yield
@@ -76,7 +77,7 @@ def take(monkeypatch: pytest.MonkeyPatch, tier: str) -> None:
 
 
 def check(case: Case) -> None:
-    """In float32 as the suite of all backends does; in float16 as close to the truth as the reference in float16."""
+    """In float32 as the suite of all backends does; in float16 against the error of the reference in float16."""
     call, cotangents = case.build()
     want = evaluate(reference.run, widened(call), cotangents)
     got = evaluate(functional.recurrence, call, cotangents)
@@ -84,11 +85,11 @@ def check(case: Case) -> None:
     assert all(tensor.dtype == case.dtype for tensor in got.values())
     found, name = worst(got, want)
     if found > TOLERANCES.get(case.dtype, 0.0):
-        eagers, _ = worst(evaluate(reference.run, call, cotangents), want)
-        assert found <= 3 * eagers, f"{name} differs by {found:.2e} of its rms, eager by {eagers:.2e}"
+        eager, _ = worst(evaluate(reference.run, call, cotangents), want)
+        assert found <= 3 * eager, f"{name} differs by {found:.2e} of its rms, eager by {eager:.2e}"
     with torch.no_grad():
         output = functional.recurrence(call)[0]
-    assert torch.equal(output, got["output"]), "inference gives other numbers than training"
+    assert torch.equal(output, got["output"]), "inference and training differ"
 
 
 @pytest.mark.parametrize(("tier", "case"), part(listed()), ids=str)
@@ -126,12 +127,12 @@ def test_runs_are_the_same_bit_for_bit(tier, monkeypatch):
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
-# Deliberately wrong kernels: the comparison must fail for each.
+# Deliberately wrong kernels: the comparison must fail for each
 
 
 @triton.jit
 def wide_normalize(v, mask, plan: tl.constexpr, spans: tl.constexpr):
-    """The deviation one part in a hundred too large, about what the unbiased variance does to 36 values."""
+    """The deviation is 1 % too large, about as the unbiased variance of 36 values makes it."""
     normed, reciprocals = norm.normalize(v, mask, plan, spans)
     less = ()
     for g in tl.static_range(len(v)):
@@ -141,7 +142,7 @@ def wide_normalize(v, mask, plan: tl.constexpr, spans: tl.constexpr):
 
 @triton.jit
 def half_normalize_backward(d, normed, reciprocals, mask, plan: tl.constexpr, spans: tl.constexpr):
-    """The variance is taken for a constant."""
+    """The mean and the variance are taken for constants."""
     d_v = ()
     for g in tl.static_range(len(d)):
         d_v += (d[g] * reciprocals[g],)
@@ -149,56 +150,56 @@ def half_normalize_backward(d, normed, reciprocals, mask, plan: tl.constexpr, sp
 
 
 @triton.jit
-def no_flags(ptr, n, is_row):
-    return (is_row & False)[:, None]
+def no_flags(ptr, tile):
+    return (tile.is_row & False)[:, None]
 
 
-original_zoneout = advance.zoneout
-
-
-@triton.jit
-def crossed_zoneout(old, new, keep, rate, n, col, mask, width: tl.constexpr):
-    return original_zoneout(new, old, keep, rate, n, col, mask, width)
+original_zoneout = step.zoneout
 
 
 @triton.jit
-def unkept_zoneout_backward(d, keep, rate, n, col, mask, width: tl.constexpr):
+def crossed_zoneout(old, new, keep, rate, tile, width: tl.constexpr):
+    return original_zoneout(new, old, keep, rate, tile, width)
+
+
+@triton.jit
+def unkept_zoneout_backward(d, keep, rate, tile, width: tl.constexpr):
     return tl.zeros_like(d), d
 
 
 @triton.jit
 def lstm_update_crossed(x, h, s):
-    f, i, g = tl.sigmoid(x[0] + h[0]), tl.sigmoid(x[1] + h[1]), steps.tanh(x[2] + h[2])
+    f, i, g = tl.sigmoid(x[0] + h[0]), tl.sigmoid(x[1] + h[1]), cells.tanh(x[2] + h[2])
     return f * s + i * g
 
 
 @triton.jit
 def lstm_update_backward_short(x, h, s, d, d_late):
-    d_x, d_h, d_s = steps.lstm_update_backward(x, h, s, d, d_late)
+    d_x, d_h, d_s = cells.lstm_update_backward(x, h, s, d, d_late)
     return d_x, d_h, d_s * 0.999
 
 
 @triton.jit
 def gru_update_early_reset(x, h, s):
     r, z = tl.sigmoid(x[0] + h[0]), tl.sigmoid(x[1] + h[1])
-    return z * s + (1 - z) * steps.tanh(r * (x[2] + h[2]))
+    return z * s + (1 - z) * cells.tanh(r * (x[2] + h[2]))
 
 
 @triton.jit
 def gru_update_backward_shared(x, h, s, d, d_late):
-    d_x, _, d_s = steps.gru_update_backward(x, h, s, d, d_late)
+    d_x, _, d_s = cells.gru_update_backward(x, h, s, d, d_late)
     return d_x, d_x, d_s
 
 
 @triton.jit
 def gru_joint_unshifted(x, h, s):
     r, z = tl.sigmoid(x[0]), tl.sigmoid(x[1])
-    return z * steps.tanh(r * x[2]) + (1 - z) * s
+    return z * cells.tanh(r * x[2]) + (1 - z) * s
 
 
 @triton.jit
 def emit_without_output_gate(x, h, c):
-    return steps.tanh(c)
+    return cells.tanh(c)
 
 
 @triton.jit
@@ -209,14 +210,14 @@ def stateless_relu(x, h, s):
 LSTM, GRU = Case("lstm", norms.HASTE, H=9), Case("gru", norms.HASTE, H=9)
 AROUND = Case("lstm", norms.HASTE, T=4, B=3, H=9, features=("zoneout", "zoneout_cell", "resets", "bidirectional"))
 KERNEL_MUTANTS = [
-    (LSTM, [(advance, "normalize")], wide_normalize),
-    (LSTM, [(advance, "normalize_backward")], half_normalize_backward),
-    (AROUND, [(loop, "load_flags")], no_flags),
-    (AROUND, [(loop, "zoneout"), (advance, "zoneout")], crossed_zoneout),
-    (AROUND, [(loop, "zoneout_backward")], unkept_zoneout_backward),
-    (AROUND, [(advance, "zoneout_backward")], unkept_zoneout_backward),
+    (LSTM, [(step, "normalize")], wide_normalize),
+    (LSTM, [(step, "normalize_backward")], half_normalize_backward),
+    (AROUND, [(loop_tier, "load_flags")], no_flags),
+    (AROUND, [(loop_tier, "zoneout"), (step, "zoneout")], crossed_zoneout),
+    (AROUND, [(loop_tier, "zoneout_backward")], unkept_zoneout_backward),
+    (AROUND, [(step, "zoneout_backward")], unkept_zoneout_backward),
 ]
-STEP_MUTANTS = [
+CELL_MUTANTS = [
     (LSTM, "lstm", {"update": lstm_update_crossed}),
     (LSTM, "lstm", {"update_backward": lstm_update_backward_short}),
     (LSTM, "lstm", {"emit": emit_without_output_gate}),
@@ -242,13 +243,13 @@ def test_a_wrong_kernel_is_found_out(case, places, mutant, monkeypatch):
     must_fail(case)
 
 
-@pytest.mark.parametrize(("case", "step", "wrong"), STEP_MUTANTS, ids=str)
-def test_a_wrong_step_is_found_out(case, step, wrong, monkeypatch):
-    monkeypatch.setitem(steps.STEPS, step, steps.STEPS[step]._replace(**wrong))
+@pytest.mark.parametrize(("case", "name", "wrong"), CELL_MUTANTS, ids=str)
+def test_a_wrong_cell_is_found_out(case, name, wrong, monkeypatch):
+    monkeypatch.setitem(cells.CELLS, name, cells.CELLS[name]._replace(**wrong))
     must_fail(case)
 
 
 def test_steps_that_start_elsewhere_are_found_out(monkeypatch):
-    """The host's side can be wrong too: what the state was before a step."""
-    monkeypatch.setattr(direction.Direction, "before", lambda self, chunk, output, first, out: out.zero_())
+    """The host's side can be wrong too: the state before a step."""
+    monkeypatch.setattr(direction.Direction, "states_before", lambda self, chunk, states, initial, out: out.zero_())
     must_fail(LSTM)

@@ -1,7 +1,7 @@
-"""Triton without a GPU: compile for a device that is not there, or interpret faster.
+"""Triton without a GPU: compile for an absent device, or interpret faster.
 
 `compiling` lets the host's code run on CPU tensors with a driver that launches nothing: every kernel is specialised and
-compiled exactly as it would be on the device, and what the compiler made of it is handed back.
+compiled exactly as on the device, and the resources that it would take are recorded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-# Shared memory that one program may have, in bytes.
+# Each target, and the bytes of shared memory that one program may have.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
@@ -30,7 +30,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiler made of one specialisation of a kernel."""
+    """The resources of one specialisation of a kernel; spilled bytes and registers are per thread."""
 
     kernel: str
     shared_bytes: int
@@ -39,7 +39,7 @@ class Compiled:
 
 
 class _Utils:
-    """Where Triton would load a binary it is read instead."""
+    """Reads each binary that Triton would load."""
 
     def __init__(self, target: GPUTarget, shared: int, found: list[Compiled]) -> None:
         self.target, self.shared, self.found = target, shared, found
@@ -57,7 +57,7 @@ class _Utils:
 
 
 class _Driver:
-    """A device that is not there: it says what it is, takes binaries and starts nothing."""
+    """An absent device: it names its target, takes binaries and starts nothing."""
 
     def __init__(self, target: GPUTarget, shared: int) -> None:
         self.found: list[Compiled] = []
@@ -77,7 +77,7 @@ class _Driver:
 
 
 def resources(target: GPUTarget, binary: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes a thread that did not fit into them."""
+    """Registers per thread, and spilled bytes per thread."""
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(binary)
         file.flush()
@@ -89,24 +89,26 @@ def resources(target: GPUTarget, binary: bytes) -> tuple[int, int]:
             found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
             return found["REG"], found["STACK"] + found["LOCAL"]
 
-    # The kernel's metadata, msgpack: a key and, if it is below 128, its value in the next byte.
+    # The kernel's metadata are msgpack: after a key a byte, which is the value if below 128, or else its type.
     def field(key: bytes) -> int:
-        at = binary.index(key) + len(key)
-        kind = binary[at]
+        start = binary.index(key) + len(key)
+        kind = binary[start]
         if kind < 0x80:
             return kind
         size = {0xCC: 1, 0xCD: 2, 0xCE: 4}[kind]
-        return int.from_bytes(binary[at + 1 : at + 1 + size], "big")
+        return int.from_bytes(binary[start + 1 : start + 1 + size], "big")
 
     return field(b".vgpr_count"), field(b".private_segment_fixed_size")
 
 
 @contextmanager
 def compiling(target: str) -> Iterator[list[Compiled]]:
-    """Inside, kernels are compiled for `target` and not run; yields what was compiled, as it comes."""
-    from festina.backends.triton import direction, launch, loop, norm, step
+    """Inside, kernels are compiled for `target` and not run; yields the list that they are added to."""
+    from festina.backends.triton import direction, launch, loop_tier, norm, step_tier
 
-    kernels = [k for module in (loop, norm, step) for k in vars(module).values() if hasattr(k, "device_caches")]
+    kernels = [
+        k for module in (loop_tier, norm, step_tier) for k in vars(module).values() if hasattr(k, "device_caches")
+    ]
     stand_in = _Driver(*TARGETS[target])
     with pytest.MonkeyPatch.context() as patch:
         for kernel in kernels:
@@ -119,7 +121,7 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
 
 
 def quicken_interpreter() -> None:
-    """The interpreter swaps `triton.language` for its own at every call of a device function; once a launch will do."""
+    """Let the interpreter replace `triton.language` once a launch, instead of at every call of a device function."""
     from triton.runtime import interpreter
 
     swap = interpreter._patch_lang

@@ -1,6 +1,6 @@
-"""The Triton backend where there is no GPU: its kernels in the interpreter, its kernels compiled, its launches counted.
+"""The Triton backend without a GPU: kernels in the interpreter, kernels compiled, launches counted.
 
-With a GPU (marker `cuda`): the same cases on it, a CUDA graph, and no waiting for the device.
+With a GPU (marker `cuda`): the same cases on the device, a CUDA graph, and no waiting for the device.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,13 +17,14 @@ import torch
 from festina import backends, functional, norms, reference
 from festina.backends import BackendError
 from festina.backends.triton import TRITON, is_interpreting
+from festina.spec import LayerSpec
 from festina.testing import Case, evaluate, widened, worst
 
-pytest.importorskip("triton", reason="triton is not installed (it is for Linux alone); pip install 'festina[triton]'")
+pytest.importorskip("triton", reason="triton is not installed (it needs Linux); pip install 'festina[triton]'")
 
 from offline import TARGETS, compiling
 
-from festina.backends.triton import direction, loop, norm, step
+from festina.backends.triton import direction, loop_tier, norm, step_tier
 from festina.backends.triton.direction import Direction, chunked
 
 if is_interpreting():
@@ -43,10 +45,25 @@ def test_it_says_why_it_does_not_run():
     assert refusal(LSTM, "cuda") is None
     wide = Case(**{**vars(LSTM), "dtype": torch.float64})
     assert refusal(wide, "cuda") == "it serves float32, bfloat16, float16, not torch.float64"
-    assert refusal(Case("lstm", norms.SOCKEYE), "cuda") == Case("lstm", norms.SOCKEYE).layer.rare is not None
+    reason = "it has no kernel for a plan where a bias sits inside the recurrent norm"
+    assert refusal(Case("lstm", norms.SOCKEYE), "cuda") == reason
 
 
-def test_it_runs_only_when_it_is_asked_for():
+def test_a_cell_without_a_kernel_is_refused():
+    layer = LayerSpec(replace(LSTM.layer.cell, name="peephole", steps={"none": "peephole"}))
+    case = LSTM.on("cuda")._replace(layer=layer)
+    assert TRITON.can_run(case) == "it has no kernel for the peephole step"
+
+
+def test_nothing_imports_triton_before_a_kernel_runs():
+    code = (
+        "import sys, torch, festina; from festina import backends;"
+        "backends.explain(festina.LSTM(2, 3), torch.zeros(4, 1, 2)); assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_it_runs_only_on_request():
     case = LSTM.on("cuda")
     assert "backends.use('triton') asks for it" in dict(backends.reasons(case))["triton"]
     assert backends.select(case) != "triton"
@@ -58,7 +75,7 @@ def test_forced_it_does_not_fall_back():
         functional.recurrence(LSTM.build()[0])
 
 
-# The host's side.
+# The host's side
 
 
 @pytest.mark.parametrize("most", [0, 1, 4, 7, 100])
@@ -68,8 +85,8 @@ def test_chunks_hold_every_step_once(sizes, most):
     runs = [run for chunk in chunks for run in chunk]
     assert [run.rows for run in runs for _ in range(run.steps)] == sizes
     assert [run.start for run in runs] == [sum(r.rows * r.steps for r in runs[:i]) for i in range(len(runs))]
-    assert [run.before for run in runs[1:]] == [run.rows for run in runs[:-1]]
-    assert [run.after for run in runs[:-1]] == [run.rows for run in runs[1:]]
+    assert [run.rows_before for run in runs[1:]] == [run.rows for run in runs[:-1]]
+    assert [run.rows_after for run in runs[:-1]] == [run.rows for run in runs[1:]]
     for chunk in chunks:
         assert sum(run.rows * run.steps for run in chunk) <= max(most, chunk[0].rows)
 
@@ -88,19 +105,19 @@ def test_states_before_each_step(features, rows, monkeypatch):
     monkeypatch.setattr(direction, "CHUNK_BYTES", rows * 16 * 3)
     output = reference.run(call)[0]
     for d in range(2):
-        of = Direction(call, d)
-        mine = output[:, 3 * d : 3 * d + 3]
-        for chunk in of.chunks():
-            lo, hi = min(run.start for run in chunk), max(run.end for run in chunk)
-            before = of.before(chunk, mine, call.h_0[d], torch.full((hi - lo, 3), torch.nan))
-            assert torch.equal(before, mine[lo:hi] - 1)
+        of_direction = Direction(call, d)
+        states = output[:, 3 * d : 3 * d + 3]
+        for chunk in of_direction.chunks():
+            start, end = min(run.start for run in chunk), max(run.end for run in chunk)
+            before = of_direction.states_before(chunk, states, call.h_0[d], torch.full((end - start, 3), torch.nan))
+            assert torch.equal(before, states[start:end] - 1)
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The names of the kernels that would have been started."""
+    """The names of the kernels launched; none is started."""
     names: list[str] = []
-    for module in (direction, loop, step):
+    for module in (direction, loop_tier, step_tier):
         monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: names.append(kernel.__name__))
     return names
 
@@ -127,13 +144,13 @@ def test_only_c_is_kept(launches):
 
 
 def train(case: Case) -> None:
-    """Both passes, whatever comes of them."""
+    """Both passes; their results do not matter."""
     call, cotangents = case.build()
     outputs, saved = TRITON.forward_train(call)
     TRITON.backward(call, outputs, saved, (*cotangents, None)[:3], [True] * len(call.tensors()))
 
 
-# The kernels, interpreted.
+# The kernels, interpreted
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -157,7 +174,7 @@ def test_the_suite_of_all_backends_in_the_interpreter():
 
 
 def interpret(file: str, part: str, *arguments: str) -> None:
-    """Run a file of tests in a process where Triton interprets."""
+    """Run a file of tests in a process with Triton's interpreter."""
     command = [
         sys.executable,
         "-m",
@@ -176,9 +193,9 @@ def interpret(file: str, part: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-# The kernels, compiled.
+# The kernels, compiled
 
-# Bytes a thread that did not fit into registers, at the largest H of a tier; below, there are none.
+# Bytes spilled per thread, at the largest H of a tier; at smaller H none.
 SPILLED_AT_MOST = 256
 
 AROUND = ("zoneout", "zoneout_cell", "resets")
@@ -227,18 +244,18 @@ def test_large_kernels_compile(target, case):
     check_compiled(target, case)
 
 
-def test_a_changed_step_is_compiled_anew():
-    """Triton's cache on disk would not notice: inside a constant it knows a function by its name."""
+def test_a_changed_cell_is_compiled_again():
+    """Triton's cache on disk would not notice: it knows a function inside a constant by its name."""
     plan = Direction(LSTM.build()[0], 0).plan
     assert len(plan.source) == 64
     assert repr(plan) != repr(plan._replace(source="another"))
 
 
-# On a device.
+# On a device
 
 
 def on_device(test):
-    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")(test))
+    return pytest.mark.cuda(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
 @on_device
@@ -251,8 +268,8 @@ def test_parity_on_the_device(case):
     with backends.use("triton"):
         got = {name: tensor.cpu() for name, tensor in evaluate(functional.recurrence, call, cotangents).items()}
     found, name = worst(got, want)
-    eagers, _ = worst(evaluate(reference.run, cpu_call, cpu_cotangents), want)
-    assert found <= max(1e-5, 3 * eagers), f"{name} differs by {found:.2e} of its rms, eager by {eagers:.2e}"
+    eager, _ = worst(evaluate(reference.run, cpu_call, cpu_cotangents), want)
+    assert found <= max(1e-5, 3 * eager), f"{name} differs by {found:.2e} of its rms, eager by {eager:.2e}"
 
 
 @on_device
@@ -278,5 +295,5 @@ def test_a_graph_captures_both_passes_and_waits_for_nothing(case):
 
 
 def test_the_norm_kernels_are_where_compiling_looks():
-    """`offline.compiling` gives every kernel a clean cache; one that it missed would keep another device's binary."""
+    """`offline.compiling` clears every kernel's cache; a kernel that it missed would keep another device's binary."""
     assert {"rows_forward", "rows_backward"} <= {name for name, k in vars(norm).items() if hasattr(k, "device_caches")}

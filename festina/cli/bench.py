@@ -108,8 +108,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from rich.console import Console
-        from rich.table import Table
+        from rich.console import Console  # noqa: PLC0415  rich is optional
+        from rich.table import Table  # noqa: PLC0415  rich is optional
     except ImportError:
         raise missing("rich", "cli") from None
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -41,7 +41,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _safetensors() -> Any:
     try:
-        import safetensors.torch
+        import safetensors.torch  # noqa: PLC0415  safetensors is optional
     except ImportError:
         raise FileError(
             "a .safetensors file needs the package safetensors, which is not installed; install it with: "

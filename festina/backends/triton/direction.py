@@ -1,4 +1,4 @@
-"""One direction of a call: parameters as kernels take them, steps in chunks and runs, products over time."""
+"""One direction of a call: parameters as kernels take them, chunks and runs of steps, products over time."""
 
 from __future__ import annotations
 
@@ -10,41 +10,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from festina import reference
-from festina.backends.triton.advance import Around, Plan, Weights
 from festina.backends.triton.launch import block, launch, programs, rows_per_program
 from festina.backends.triton.norm import rows_backward, rows_forward
+from festina.backends.triton.step import Around, Plan, Weights
 from festina.call import Call
 
 STRIP = 64
-"""Rows over which one program adds up the gradients of gain and shift."""
+"""Rows over which one program sums the gradients of gain and shift."""
 
 
 LOOP_BYTES = 16 << 10 if torch.version.hip else 32 << 10
-"""How large a gate's part of W_hh may be, padded to a block, for the whole recurrence to be one launch: up to
-H = 128 in bfloat16 and float16, 64 in float32, and 64 on AMD, which has less shared memory. Beyond, programs spill."""
+"""The largest part of W_hh for one gate, padded to a block, at which the whole recurrence is one launch: up to H = 128 in
+bfloat16 and float16, 64 in float32, and 64 on AMD, which has less shared memory. Beyond, programs spill."""
 
 CHUNK_BYTES = 64 << 20
-"""About how much is held of pre-activations and their gradients at a time."""
+"""Memory for the pre-activations of a chunk and their gradients, about."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive steps of equally many rows; and how many rows the step before them and the one after them have."""
+    """Consecutive steps with the same number of rows.
+
+    Args:
+        start: packed row at which the run begins.
+        rows: of each step.
+        steps: how many.
+        rows_before, rows_after: of the step before the run and of the one after it; 0 if there is none.
+    """
 
     start: int
     rows: int
     steps: int
-    before: int
-    after: int
+    rows_before: int
+    rows_after: int
 
     @property
     def end(self) -> int:
-        """Past the last row."""
+        """Packed row at which the run ends."""
         return self.start + self.rows * self.steps
 
 
-def chunked(sizes: Sequence[int], most: int) -> list[list[Run]]:
-    """All steps as runs, and as many runs together as have at most `most` rows (or are one step).
+def chunked(sizes: Sequence[int], max_rows: int) -> list[list[Run]]:
+    """All steps as runs, grouped into chunks of at most `max_rows` packed rows, or of one step if that has more.
 
     >>> [[(run.start, run.rows, run.steps) for run in chunk] for chunk in chunked([3, 3, 2, 1], 8)]
     [[(0, 3, 2), (6, 2, 1)], [(8, 1, 1)]]
@@ -55,34 +62,55 @@ def chunked(sizes: Sequence[int], most: int) -> list[list[Run]]:
         rows = sizes[t]
         if rows > room:
             chunks.append([])
-            room = max(most, rows)
+            room = max(max_rows, rows)
         end = t + 1
         while end < len(sizes) and sizes[end] == rows and rows * (end + 1 - t) <= room:
             end += 1
-        before, after = sizes[t - 1] if t else 0, sizes[end] if end < len(sizes) else 0
-        chunks[-1].append(Run(start, rows, end - t, before, after))
+        rows_before, rows_after = sizes[t - 1] if t else 0, sizes[end] if end < len(sizes) else 0
+        chunks[-1].append(Run(start, rows, end - t, rows_before, rows_after))
         start, t, room = start + rows * (end - t), end, room - rows * (end - t)
     return chunks
 
 
 @dataclass(frozen=True)
+class States:
+    """What the forward steps of a direction overwrite.
+
+    Args:
+        output: this direction's part of the output, rows `out_width` apart.
+        h, c: the states `[B, ...]`, c in float32; c is None if the cell has none.
+        every_c: `[N, H]`, filled with c after every step; None if it is not wanted.
+    """
+
+    output: Tensor
+    h: Tensor
+    c: Tensor | None
+    every_c: Tensor | None
+
+    @property
+    def out_width(self) -> int:
+        """The distance between rows of the output."""
+        return self.output.stride(0)
+
+
+@dataclass(frozen=True)
 class Gradients:
-    """What goes along on the way back through the steps of a direction.
+    """The gradients that backward steps of a direction read and overwrite.
 
     Args:
         output: of this direction's part of the output, rows `out_width` apart; None for zeros.
-        h, c: of the states, float32 `[B, ...]`, overwritten from step to step.
-        q: `[B, P]`, the last product d_p · W_hh, where it is not yet in h.
+        h, c: of the states, float32 `[B, ...]`, overwritten at every step.
+        pending: `[B, P]`, the last product d_p · W_hh, if it is not yet added to h.
     """
 
     output: Tensor | None
     h: Tensor
     c: Tensor | None
-    q: Tensor
+    pending: Tensor
 
     @property
     def out_width(self) -> int:
-        """How far apart the rows of the output are."""
+        """The distance between rows of the output; 0 if its gradient is None."""
         return 0 if self.output is None else self.output.stride(0)
 
 
@@ -91,13 +119,13 @@ class Direction:
 
     def __init__(self, call: Call, d: int) -> None:
         self.call, self.d = call, d
-        self.p = {name: tensor.contiguous() for name, tensor in call.of_direction(d).items()}
+        self.parameters = {name: tensor.contiguous() for name, tensor in call.of_direction(d).items()}
         self.B, self.P = call.h_0.shape[1:]
-        self.H = self.p["weight_ih"].shape[0] // len(call.layer.cell.gates)
+        self.H = self.parameters["weight_ih"].shape[0] // len(call.layer.cell.gates)
         self.plan = Plan.of(call.layer, self.H, self.P)
         self.width = self.plan.G * self.H
-        side = ("gain_joint", "bias_joint") if self.plan.is_joint else ("gain_hh", "bias_hh")
-        self.weights = Weights(*map(self.p.get, ("weight_hh", "weight_hr", *side, "gain_c", "bias_c")))
+        norm = ("gain_joint", "bias_joint") if self.plan.is_joint else ("gain_hh", "bias_hh")
+        self.weights = Weights(*map(self.parameters.get, ("weight_hh", "weight_hr", *norm, "gain_c", "bias_c")))
         self.around = Around(
             resets=self._flags(call.resets),
             keep_h=self._flags(call.zoneout_mask),
@@ -108,70 +136,72 @@ class Direction:
         gate_bytes = block(self.H) * block(self.P) * call.input.element_size()
         self.is_loop = self.plan.is_diagonal or gate_bytes <= LOOP_BYTES
         self._transposed: dict[str, Tensor] = {}
-        self._most = CHUNK_BYTES // (16 * self.width)  # x, p and their gradients in float32
+        self._chunk_rows = CHUNK_BYTES // (16 * self.width)  # x, p and their gradients in float32
 
     def _flags(self, flags: Tensor | None) -> Tensor | None:
         return None if flags is None else flags[self.d].contiguous().view(torch.uint8)
 
     def transposed(self, name: str) -> Tensor | None:
-        """A weight matrix as the products of a forward loop read it: row by row; a vector as it is."""
-        if name in self.p and name not in self._transposed:
-            weight = self.p[name]
+        """A weight matrix transposed, so that the products of a forward loop read it row by row; a vector as it is."""
+        if name in self.parameters and name not in self._transposed:
+            weight = self.parameters[name]
             self._transposed[name] = weight.t().contiguous() if weight.dim() == 2 else weight
         return self._transposed.get(name)
 
     def chunks(self, backward: bool = False) -> Iterator[list[Run]]:
-        """Chunks, and their runs, in the order in which this direction takes them or comes back through them."""
-        chunks = chunked(self.call.sizes(), self._most)
+        """Chunks, and the runs in them, in the order in which this direction takes them, forward or backward."""
+        chunks = chunked(self.call.sizes(), self._chunk_rows)
         return iter(chunks) if self._ascends(backward) else ([*reversed(chunk)] for chunk in reversed(chunks))
 
-    def places(self, run: Run, backward: bool = False) -> tuple[int, int]:
-        """Where the step that is taken first has its first row, and how far it is from one step to the next."""
+    def start_and_stride(self, run: Run, backward: bool = False) -> tuple[int, int]:
+        """The packed row at which the first step taken begins, and the distance to the beginning of the next step."""
         return (run.start, run.rows) if self._ascends(backward) else (run.end - run.rows, -run.rows)
 
     def _ascends(self, backward: bool) -> bool:
         return (self.d == 0) is not backward
 
-    def before(self, chunk: Sequence[Run], output: Tensor, first: Tensor, out: Tensor) -> Tensor:
-        """What a state was before each step of a chunk, after resets, put into `out` in the chunk's order.
+    def states_before(self, chunk: Sequence[Run], states: Tensor, initial: Tensor, out: Tensor) -> Tensor:
+        """A state before each step of a chunk, after resets, from that after every step and the initial one.
 
-        `output` is the state after every step, `first` the initial one.
+        The result is `out`, in the order of the chunk's packed rows.
         """
-        lo = min(run.start for run in chunk)
+        origin = min(run.start for run in chunk)
         for run in chunk:
-            rows, start, end = run.rows, run.start - lo, run.end - lo
+            rows, start, end = run.rows, run.start - origin, run.end - origin
             if self.d == 0:
-                joined, near, edge = min(run.before, rows), run.start - run.before, start
-                out[start + rows : end] = output[run.start : run.end - rows]
+                continued, neighbour, first = min(run.rows_before, rows), run.start - run.rows_before, start
+                out[start + rows : end] = states[run.start : run.end - rows]
             else:
-                joined, near, edge = run.after, run.end, end - rows
-                out[start : end - rows] = output[run.start + rows : run.end]
-            out[edge : edge + joined] = output[near : near + joined]
-            out[edge + joined : edge + rows] = first[joined:rows]
+                continued, neighbour, first = run.rows_after, run.end, end - rows
+                out[start : end - rows] = states[run.start + rows : run.end]
+            out[first : first + continued] = states[neighbour : neighbour + continued]
+            out[first + continued : first + rows] = initial[continued:rows]
         if self.call.resets is not None:
-            out.masked_fill_(self.call.resets[self.d, lo : lo + len(out), None], 0)
+            out.masked_fill_(self.call.resets[self.d, origin : origin + len(out), None], 0)
         return out
 
-    def project(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """What x gives to some steps, float32 `[rows, G·H]`, normalised unless the norm is joint; and before that."""
-        if "gain_ih" not in self.p:
-            x = reference.input_product(self.call.layer, input, self.p).view(-1, self.width)
+    def input_product(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """W_ih · x for some steps, float32 `[rows, G·H]`, normalised and shifted unless the norm is joint; and the
+        product before its norm, which is the same tensor if the plan has no norm on it."""
+        if "gain_ih" not in self.parameters:
+            x = reference.input_product(self.call.layer, input, self.parameters).view(-1, self.width)
             return x, x
-        raw = F.linear(input, self.p["weight_ih"], self.p.get("bias_inner"))
-        x = torch.empty_like(raw, dtype=torch.float32)
-        BH = block(self.H)
+        product = F.linear(input, self.parameters["weight_ih"], self.parameters.get("bias_inner"))
+        x = torch.empty_like(product, dtype=torch.float32)
+        rows, BH = len(product), block(self.H)
         BM = rows_per_program(BH)
         launch(
-            rows_forward, programs(len(raw), BM), BM * BH,
-            V=raw, GAIN=self.p["gain_ih"], SHIFT=self.p.get("bias_ih"), OUT=x, rows=len(raw),
+            rows_forward, programs(rows, BM), BM * BH,
+            V=product, GAIN=self.parameters["gain_ih"], SHIFT=self.parameters.get("bias_ih"), OUT=x, rows=rows,
             plan=self.plan, BM=BM, BH=BH,
         )  # fmt: skip
-        return x, raw
+        return x, product
 
     def norm_sums(
         self, v: Tensor, gain: Tensor, d: Tensor, addend: Tensor | None = None, d_v: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of gain and shift of the norm of `v` (+ `addend`), from `d`, that of its result; and d_v if given."""
+        """The gradients of gain and shift of the norm of `v` (+ `addend`), from the gradient `d` of its result; and
+        `d_v`, unless None, is filled with the gradient of `v`."""
         gates = v.shape[1] // self.H
         BH = block(self.H)
         BM = rows_per_program(BH)

@@ -1,4 +1,4 @@
-"""How kernels are started."""
+"""Starting kernels: tile sizes, the number of programs, warps."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Kernel = Any
 
 
 def block(width: int) -> int:
-    """The tile that a row of `width` values takes: a power of two, and what `tl.dot` asks for at least."""
+    """The width of a tile that holds rows of `width` values: a power of two, at least 16 as `tl.dot` requires."""
     return max(16, int(triton.next_power_of_2(width)))
 
 
 def rows_per_program(tile: int, values: int = 512) -> int:
-    """How many rows, each a `tile` wide, make about `values`."""
+    """The number of rows, each `tile` wide, that make about `values` values; at least 1."""
     return max(1, values // tile)
 
 
@@ -26,14 +26,14 @@ WARP = 64 if torch.version.hip else 32
 
 
 def launch(kernel: Kernel, programs: int, values: int, /, **arguments: object) -> None:
-    """Start `programs` programs on the current stream, each with threads enough for a tile of `values`: four a thread.
+    """Start `programs` programs on the current stream, with threads for a tile of `values` values, four to a thread.
 
-    More than 8 warps would leave each thread fewer registers than a backward step has numbers.
+    At most 8 warps: more would leave each thread fewer registers than a backward step has numbers.
     """
     warps = min(8, max(1, values // (4 * WARP)))
     kernel[(programs,)](**arguments, num_warps=warps, num_stages=1, enable_fp_fusion=True)
 
 
-def programs(rows: int, rows_of_one: int) -> int:
-    """How many it takes."""
-    return -(-rows // rows_of_one)
+def programs(rows: int, program_rows: int) -> int:
+    """Programs needed for `rows` rows, `program_rows` rows each."""
+    return -(-rows // program_rows)

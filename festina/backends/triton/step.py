@@ -1,185 +1,272 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
-"""Tier 1: one launch a step, beside the product that `torch.mm` makes. For any H.
+"""One step of any cell under any plan, forward and backward, on tiles: what both tiers share.
 
-A program has a few rows in their whole width, so that statistics never leave it. A projection puts a second product
-between the cell and Zoneout, and so splits the launch in two.
-
-`first` is the place of the step's first row among all packed steps, `at` its place in the chunk.
+`cell_step` works in registers alone; `chunk_step` loads the step's input product from a chunk and adds Zoneout on c.
+x is the input product and p the recurrent product, both tuples with one tile per gate; h and c are tiles, and c is None
+if the cell has none.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from festina.backends.triton.advance import Chunk, load_flags, place, step_back, step_on, zoneout, zoneout_backward
-from festina.backends.triton.launch import block, launch, programs, rows_per_program
-from festina.backends.triton.norm import load_tiles, store_tiles
-
-if TYPE_CHECKING:
-    from festina.backends.triton.direction import Direction, Gradients, Run
+from festina.backends.triton.cells import CELLS, SOURCE, Cell
+from festina.backends.triton.norm import normalize, normalize_backward, scaled, shifted
+from festina.backends.triton.tile import load_row, load_tile, load_tiles, store_tile, store_tiles
+from festina.spec import LayerSpec
 
 
-@triton.jit
-def settle(h, S_H, OUT, around, row, n, is_reset, col, mask, plan: tl.constexpr, out_width: tl.constexpr):
-    """Zoneout on h, into the state and the output."""
-    old = tl.where(is_reset, 0.0, load_tiles(S_H, row, col, mask, plan.P, 1)[0])
-    h = zoneout(old, h, around.keep_h, around.rate_h, n, col, mask, plan.P)
-    store_tiles(S_H, (h,), row, col, mask, plan.P, 1)
-    store_tiles(OUT, (h,), n, col, mask, out_width, 1)
+class Plan(NamedTuple):
+    """A layer and its sizes, as the one constant that kernels take.
 
+    `source` is for Triton's cache on disk, which knows a function inside a constant by its name alone: without it a
+    changed cell would run as the old one.
 
-@triton.jit
-def unsettle(D_OUT, Q, D_H, around, row, n, is_reset, col, mask, plan: tl.constexpr, out_width: tl.constexpr):
-    """Back through `settle`: the gradient of the old h, as far as it comes past the step, and of the new one."""
-    d = load_tiles(D_H, row, col, mask, plan.P, 1)[0] + load_tiles(Q, row, col, mask, plan.P, 1)[0]
-    if D_OUT is not None:
-        d += load_tiles(D_OUT, n, col, mask, out_width, 1)[0]
-    d_kept, d_h = zoneout_backward(d, around.keep_h, around.rate_h, n, col, mask, plan.P)
-    return tl.where(is_reset, 0.0, d_kept), d_h
-
-
-@triton.jit(do_not_specialize=["first", "at", "rows"])
-def step_forward(
-    X, P, H_RAW, S_H, S_C, OUT, C, w, around, first, at, rows,
-    plan: tl.constexpr, out_width: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """One step. P is the recurrent product; the states S_H and S_C are overwritten; C, where wanted, is c of all steps.
-
-    With a projection h goes to H_RAW, and `settle_forward` does the rest.
+    Before Triton 3.8 a field is a constant only under a name of its own: `G: tl.constexpr = plan.G`.
     """
-    row, n, col, is_row, mask = place(rows, first, plan.H, BM, BH)
-    is_reset = load_flags(around.resets, n, is_row)
 
+    cell: Cell
+    source: str
+    G: int
+    H: int
+    P: int
+    spans: tuple[tuple[int, int], ...]
+    is_centred: bool
+    eps: float
+    is_joint: bool
+    has_hh_norm: bool
+    has_c: bool
+    has_c_norm: bool
+    is_c_carried_normed: bool
+    is_diagonal: bool
+    is_projected: bool
+
+    @classmethod
+    def of(cls, layer: LayerSpec, H: int, P: int) -> Plan:
+        """The plan of a layer of these sizes."""
+        plan = layer.plan
+        return cls(
+            cell=CELLS[layer.step],
+            source=SOURCE,
+            G=len(layer.cell.gates),
+            H=H,
+            P=P,
+            spans=tuple(plan.spans(len(layer.cell.gates))),
+            is_centred=plan.kind == "layer",
+            eps=plan.eps,
+            is_joint=plan.placement == "joint",
+            has_hh_norm=plan.placement != "none" and not layer.cell.diagonal,
+            has_c="c" in layer.cell.states,
+            has_c_norm=plan.cell != "none",
+            is_c_carried_normed=plan.cell == "carried",
+            is_diagonal=layer.cell.diagonal,
+            is_projected=layer.projected,
+        )
+
+
+class Weights(NamedTuple):
+    """The parameters that a step reads: contiguous tensors, or None if the layer has no such parameter."""
+
+    hh: Any  # [G·H, P], or [H] of a diagonal cell
+    hr: Any  # [P, H]
+    gain: Any  # of the norm on the recurrent product, or on the sum if it is joint
+    shift: Any
+    gain_c: Any
+    bias_c: Any
+
+
+class Around(NamedTuple):
+    """Resets and Zoneout, which act around the cell: packed flags as bytes, and rates; None if the call has none."""
+
+    resets: Any
+    keep_h: Any
+    keep_c: Any
+    rate_h: Any
+    rate_c: Any
+
+
+@triton.jit
+def pre_activations(x, p, w, tile, plan: tl.constexpr):
+    """The pre-activations from x and from h; then p (x + p if joint) normalised and its reciprocals, for backward."""
     G: tl.constexpr = plan.G
-    products = load_tiles(P, row, col, mask, plan.H, G)
-    p = ()
-    for g in tl.static_range(G):
-        p += (tl.where(is_reset, 0.0, products[g]),)
-    h, c = None, None
-    if plan.has_c:
-        c = tl.where(is_reset, 0.0, load_tiles(S_C, row, col, mask, plan.H, 1)[0])
+    v = p
+    if plan.is_joint:
+        v = ()
+        for g in tl.static_range(G):
+            v += (x[g] + p[g],)
+    normed, reciprocals = v, v
+    from_h = v
+    if plan.has_hh_norm:
+        spans: tl.constexpr = plan.spans
+        normed, reciprocals = normalize(v, tile.mask, plan, spans)
+        from_h = scaled(normed, w.gain, tile.col, plan.H, G)
+    from_h = shifted(from_h, w.shift, tile.col, plan.H, G)
+    if plan.is_joint:
+        zeros = ()
+        for g in tl.static_range(G):
+            zeros += (tl.zeros_like(x[g]),)
+        return from_h, zeros, normed, reciprocals
     else:
-        h = tl.where(is_reset, 0.0, load_tiles(S_H, row, col, mask, plan.H, 1)[0])
-    new_h, new_c = step_on(X, C, p, h, c, w, around, n, tl.cast(at, tl.int64) + row, col, mask, plan)
-    if plan.has_c:
-        store_tiles(S_C, (new_c,), row, col, mask, plan.H, 1)
-    if plan.is_projected:
-        store_tiles(H_RAW, (new_h,), row, col, mask, plan.H, 1)
+        return x, from_h, normed, reciprocals
+
+
+@triton.jit
+def norm_c(new, w, tile, plan: tl.constexpr):
+    """The updated state as `emit` sees it, behind the norm on c; then normalised and its reciprocal, for backward."""
+    if plan.has_c_norm:
+        normed, reciprocals = normalize((new,), tile.mask, plan, ((0, 1),))
+        seen = shifted(scaled(normed, w.gain_c, tile.col, plan.H, 1), w.bias_c, tile.col, plan.H, 1)
+        return seen[0], normed, reciprocals
     else:
-        settle(new_h, S_H, OUT, around, row, n, is_reset, col, mask, plan, out_width)
+        return new, (new,), (new,)
 
 
-@triton.jit(do_not_specialize=["first", "rows"])
-def settle_forward(
-    Q, S_H, OUT, around, first, rows,
-    plan: tl.constexpr, out_width: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """What is left of a step after Q, the projected h."""
-    row, n, col, is_row, mask = place(rows, first, plan.P, BM, BP)
-    is_reset = load_flags(around.resets, n, is_row)
-    h = load_tiles(Q, row, col, mask, plan.P, 1)[0]
-    settle(h, S_H, OUT, around, row, n, is_reset, col, mask, plan, out_width)
+@triton.jit
+def cell_step(x, p, h, c, w, tile, plan: tl.constexpr):
+    """The new h, before projection and Zoneout, and the new c, before Zoneout."""
+    from_x, from_h, _, _ = pre_activations(x, p, w, tile, plan)
+    new = plan.cell.update(from_x, from_h, c if plan.has_c else h)
+    seen, _, _ = norm_c(new, w, tile, plan)
+    return plan.cell.emit(from_x, from_h, seen), seen if plan.is_c_carried_normed else new
 
 
-@triton.jit(do_not_specialize=["first", "at", "rows"])
-def step_backward(
-    chunk, D_OUT, D_RAW, Q, D_H, D_C, w, around, first, at, rows,
-    plan: tl.constexpr, out_width: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
-):  # fmt: skip
-    """Back through one step. Q is the product d_p · W_hh of the step that came after, not yet in D_H; D_H and D_C, the
-    gradients of the states, are overwritten.
+@triton.jit
+def cell_step_backward(x, p, h, c, d_h, d_c, w, tile, plan: tl.constexpr):
+    """Backward of `cell_step`, whose results are computed again.
 
-    With a projection `settle_backward` ran before, and D_RAW is the gradient of h before its projection.
+    Returns the gradients of x, of what the shift is added to (the norm of p or x + p, or p itself), of p, of the state
+    that the cell updates, and of the result of the norm on c; then the new h, and c before its norm.
     """
-    row, n, col, is_row, mask = place(rows, first, plan.H, BM, BH)
-    is_reset = load_flags(around.resets, n, is_row)
+    from_x, from_h, normed, reciprocals = pre_activations(x, p, w, tile, plan)
+    old = c if plan.has_c else h
+    new = plan.cell.update(from_x, from_h, old)
+    seen, normed_c, reciprocal_c = norm_c(new, w, tile, plan)
 
-    d_kept, d_c = None, None
+    d_seen, d_late = plan.cell.emit_backward(from_x, from_h, seen, d_h)
+    if plan.is_c_carried_normed:
+        d_seen += d_c
+    d_new = d_seen
+    if plan.has_c_norm:
+        d_normed_c = scaled((d_seen,), w.gain_c, tile.col, plan.H, 1)
+        d_new = normalize_backward(d_normed_c, normed_c, reciprocal_c, tile.mask, plan, ((0, 1),))[0]
+    if plan.has_c and not plan.is_c_carried_normed:
+        d_new += d_c
+    d_x, d_from_h, d_old = plan.cell.update_backward(from_x, from_h, old, d_new, d_late)
+
+    d_p = d_from_h
+    if plan.has_hh_norm:
+        spans: tl.constexpr = plan.spans
+        d_normed = scaled(d_from_h, w.gain, tile.col, plan.H, plan.G)
+        d_p = normalize_backward(d_normed, normed, reciprocals, tile.mask, plan, spans)
+    if plan.is_joint:
+        d_x = d_p
+    return d_x, d_from_h, d_p, d_old, d_seen, plan.cell.emit(from_x, from_h, seen), new
+
+
+@triton.jit
+def load_flags(ptr, tile):
+    """One flag per row, `[rows, 1]`; False if `ptr` is None."""
+    if ptr is None:
+        return (tile.is_row & False)[:, None]
+    else:
+        return (tl.load(ptr + tile.packed_row, mask=tile.is_row, other=0) != 0)[:, None]
+
+
+@triton.jit
+def load_keep(ptr, tile, width: tl.constexpr):
+    """A Zoneout mask: True where the old value stays."""
+    return tl.load(ptr + tile.packed_row[:, None] * width + tile.col[None, :], mask=tile.mask, other=0) != 0
+
+
+@triton.jit
+def zoneout(old, new, keep, rate, tile, width: tl.constexpr):
+    """The old value where the mask `keep` is True, or the expectation at `rate`; the new value if both are None."""
+    if keep is not None:
+        return tl.where(load_keep(keep, tile, width), old, new)
+    elif rate is not None:
+        return rate * old + (1 - rate) * new
+    else:
+        return new
+
+
+@triton.jit
+def zoneout_backward(d, keep, rate, tile, width: tl.constexpr):
+    """The gradients of old and new."""
+    zero = tl.zeros_like(d)
+    if keep is not None:
+        kept = load_keep(keep, tile, width)
+        return tl.where(kept, d, zero), tl.where(kept, zero, d)
+    elif rate is not None:
+        return rate * d, (1 - rate) * d
+    else:
+        return zero, d
+
+
+@triton.jit
+def chunk_step(X, C, p, h, c, w, around, tile, plan: tl.constexpr):
+    """`cell_step` with x from the chunk X, then Zoneout on c; h and c are the states after resets.
+
+    Returns h before projection and Zoneout, and c; unless C is None, c is also stored there, among all packed steps.
+    """
+    x = load_tiles(X, tile.chunk_row, tile, plan.H, plan.G)
+    new_h, new_c = cell_step(x, p, h, c, w, tile, plan)
+    if plan.has_c:
+        new_c = zoneout(c, new_c, around.keep_c, around.rate_c, tile, plan.H)
+        if C is not None:
+            store_tile(C, new_c, tile.packed_row, tile, plan.H)
+    return new_h, new_c
+
+
+class Chunk(NamedTuple):
+    """What backward steps read and write in memory, for the packed steps of a chunk; a field is None if it is not needed."""
+
+    x: Any  # float32 [rows, G·H]: the input product, normalised and shifted unless the norm is joint
+    d_x: Any  # float32 [rows, G·H]: its gradient, stored over x if x is not needed again; None if it equals d_p
+    p: Any  # [rows, G·H]: the recurrent product; None of a diagonal cell
+    h: Any  # [rows, P]: h before each step, after resets
+    c: Any  # float32 [rows, H]: c likewise; overwritten by the input of the norm on c, if the plan has one
+    d_a: Any  # float32 [rows, G·H]: gradient of what the shift is added to; None if it equals d_p
+    d_p: Any  # [rows, G·H]: gradient of p, zero after a reset: the source of that of the previous h
+    d_seen: Any  # float32 [rows, H]: gradient of the result of the norm on c
+    unprojected: Any  # [rows, H]: h before its projection
+    d_projected: Any  # [rows, P]: gradient of the projected h
+
+
+@triton.jit
+def chunk_step_backward(chunk, d_h, d_c, w, around, is_reset, tile, plan: tl.constexpr):
+    """Backward of `chunk_step`, from the gradients of its results: those of p and of the state that the cell updates.
+
+    The gradient of p has the dtype of the product that takes it. The fields of `chunk` are filled.
+    """
+    x = load_tiles(chunk.x, tile.chunk_row, tile, plan.H, plan.G)
+    h, c, d_kept = None, None, None
+    if plan.has_c:
+        c = load_tile(chunk.c, tile.chunk_row, tile, plan.H)
+        d_kept, d_c = zoneout_backward(d_c, around.keep_c, around.rate_c, tile, plan.H)
+    else:
+        h = load_tile(chunk.h, tile.chunk_row, tile, plan.H)
+    p = None if plan.is_diagonal else load_tiles(chunk.p, tile.chunk_row, tile, plan.H, plan.G)
+    if plan.is_diagonal:
+        p = (h * load_row(w.hh, tile.col, plan.H, 1)[0],)
+
+    d_x, d_a, d_products, d_old, d_seen, new_h, new_c = cell_step_backward(x, p, h, c, d_h, d_c, w, tile, plan)
+    G: tl.constexpr = plan.G
+    d_p = ()
+    for g in tl.static_range(G):
+        d_p += (tl.where(is_reset | (tile.mask == 0), 0.0, d_products[g]).to(chunk.d_p.dtype.element_ty),)
+    store_tiles(chunk.d_p, d_p, tile.chunk_row, tile, plan.H, plan.G)
+    if chunk.d_x is not None:
+        store_tiles(chunk.d_x, d_x, tile.chunk_row, tile, plan.H, plan.G)
+    if chunk.d_a is not None:
+        store_tiles(chunk.d_a, d_a, tile.chunk_row, tile, plan.H, plan.G)
+    if plan.has_c_norm:
+        store_tile(chunk.c, new_c, tile.chunk_row, tile, plan.H)
+        store_tile(chunk.d_seen, d_seen, tile.chunk_row, tile, plan.H)
     if plan.is_projected:
-        d_h = load_tiles(D_RAW, row, col, mask, plan.H, 1)[0]
-    else:
-        d_kept, d_h = unsettle(D_OUT, Q, D_H, around, row, n, is_reset, col, mask, plan, out_width)
+        store_tile(chunk.unprojected, new_h, tile.chunk_row, tile, plan.H)
     if plan.has_c:
-        d_c = load_tiles(D_C, row, col, mask, plan.H, 1)[0]
-    at_row = tl.cast(at, tl.int64) + row
-    _, d_old = step_back(chunk, d_h, d_c, w, around, is_reset, n, at_row, col, mask, plan)
-    if plan.has_c:
-        store_tiles(D_C, (d_old,), row, col, mask, plan.H, 1)
-        if not plan.is_projected:
-            store_tiles(D_H, (d_kept,), row, col, mask, plan.P, 1)
-    else:
-        store_tiles(D_H, (d_kept + d_old,), row, col, mask, plan.P, 1)
-
-
-@triton.jit(do_not_specialize=["first", "at", "rows"])
-def settle_backward(
-    D_OUT, Q, D_H, D_Q, around, first, at, rows,
-    plan: tl.constexpr, out_width: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """Back through `settle_forward`; D_Q, of the whole chunk, is the gradient of the projected h."""
-    row, n, col, is_row, mask = place(rows, first, plan.P, BM, BP)
-    is_reset = load_flags(around.resets, n, is_row)
-    d_kept, d_h = unsettle(D_OUT, Q, D_H, around, row, n, is_reset, col, mask, plan, out_width)
-    store_tiles(D_Q, (d_h,), tl.cast(at, tl.int64) + row, col, mask, plan.P, 1)
-    store_tiles(D_H, (d_kept,), row, col, mask, plan.P, 1)
-
-
-def forward(
-    direction: Direction, run: Run, x: Tensor, at: int, h: Tensor, c: Tensor | None, output: Tensor, kept: Tensor | None
-) -> None:
-    """The steps of a run, whose part of the chunk `x` begins at row `at`. The states h and c `[B, ...]` go on."""
-    plan, w = direction.plan, direction.p
-    first, stride = direction.places(run)
-    rows, BH = run.rows, block(plan.H)
-    BM = rows_per_program(BH)
-    product = h.new_empty(rows, direction.width)
-    unprojected, q = (h.new_empty(rows, size) if plan.is_projected else None for size in (plan.H, plan.P))
-    for t in range(run.steps):
-        n = first + t * stride
-        torch.mm(h[:rows], w["weight_hh"].t(), out=product)
-        launch(
-            step_forward, programs(rows, BM), BM * BH,
-            X=x, P=product, H_RAW=unprojected, S_H=h, S_C=c, OUT=output, C=kept, w=direction.weights,
-            around=direction.around, first=n, at=at + n - run.start, rows=rows,
-            plan=plan, out_width=output.stride(0), BM=BM, BH=BH,
-        )  # fmt: skip
-        if unprojected is not None and q is not None:
-            BP = block(plan.P)
-            torch.mm(unprojected, w["weight_hr"].t(), out=q)
-            launch(
-                settle_forward, programs(rows, BM), BM * BP,
-                Q=q, S_H=h, OUT=output, around=direction.around, first=n, rows=rows,
-                plan=plan, out_width=output.stride(0), BM=BM, BP=BP,
-            )  # fmt: skip
-
-
-def backward(direction: Direction, run: Run, chunk: Chunk, at: int, gradients: Gradients) -> None:
-    """Back through the steps of a run, whose part of the chunk begins at row `at`."""
-    plan, w = direction.plan, direction.p
-    first, stride = direction.places(run, backward=True)
-    rows, BH, BP = run.rows, block(plan.H), block(plan.P)
-    BM = rows_per_program(BH)
-    q, out_width = gradients.q, gradients.out_width
-    d_unprojected = q.new_empty(rows, plan.H) if plan.is_projected else None
-    for t in range(run.steps):
-        n = first + t * stride
-        here = slice(at + n - run.start, at + n - run.start + rows)
-        if d_unprojected is not None:
-            launch(
-                settle_backward, programs(rows, BM), BM * BP,
-                D_OUT=gradients.output, Q=q, D_H=gradients.h, D_Q=chunk.d_q, around=direction.around,
-                first=n, at=here.start, rows=rows, plan=plan, out_width=out_width, BM=BM, BP=BP,
-            )  # fmt: skip
-            torch.mm(chunk.d_q[here], w["weight_hr"], out=d_unprojected)
-        launch(
-            step_backward, programs(rows, BM), BM * BH,
-            chunk=chunk, D_OUT=gradients.output, D_RAW=d_unprojected, Q=q, D_H=gradients.h, D_C=gradients.c,
-            w=direction.weights, around=direction.around, first=n, at=here.start, rows=rows,
-            plan=plan, out_width=out_width, BM=BM, BH=BH,
-        )  # fmt: skip
-        torch.mm(chunk.d_p[here], w["weight_hh"], out=q[:rows])
+        d_old += d_kept
+    return d_p, tl.where(is_reset, 0.0, d_old)

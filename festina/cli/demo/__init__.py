@@ -123,10 +123,10 @@ def run(args: argparse.Namespace) -> int:
 
 def race_to_the_end(race: Race, checkpoint: Path | None) -> None:
     """Run the rest of the race with a live view; end early if the user interrupts."""
-    from rich.console import Console
-    from rich.live import Live
+    from rich.console import Console  # noqa: PLC0415  rich and matplotlib are optional
+    from rich.live import Live  # noqa: PLC0415  rich and matplotlib are optional
 
-    from festina.cli.demo import report
+    from festina.cli.demo import report  # noqa: PLC0415  rich and matplotlib are optional
 
     console = Console(quiet=not race.world.leads, highlight=False)
     console.print(report.heading(race), end="\n\n", soft_wrap=True)
@@ -153,9 +153,9 @@ def race_to_the_end(race: Race, checkpoint: Path | None) -> None:
 
 def write(race: Race, out: Path) -> None:
     """Save the picture and the figures, then print the results."""
-    from rich.console import Console
+    from rich.console import Console  # noqa: PLC0415  rich and matplotlib are optional
 
-    from festina.cli.demo import picture, report
+    from festina.cli.demo import picture, report  # noqa: PLC0415  rich and matplotlib are optional
 
     sample = generated(race)
     picture.draw(race, out / "demo.png")

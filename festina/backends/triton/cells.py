@@ -1,12 +1,12 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
-"""The cells' arithmetic for Triton, each cell once: forward, and backward by hand.
+"""The arithmetic of the cells for Triton, each cell once: forward, and backward by hand.
 
 A cell has two halves: `update`, from the pre-activations to the state that it carries, and `emit`, from that state to
-h; the norm on c sits between them. A cell that carries h alone updates h itself, and its `emit` hands it through.
+h; the norm on c sits between them. A cell that carries h alone updates h, and its `emit` returns it unchanged.
 
-x and h are tuples with a tile a gate, in the order of the spec: the pre-activations from x and from h. Where the norm
-is joint x holds their one normalised sum and h holds zeros. `s` is the old state. `d_` marks gradients; `d_late` goes
-from `emit_backward` to `update_backward`: the gradient of a gate that acts only after the norm on c.
+x and h are the pre-activations from x and from h, tuples with one tile per gate in the order of the spec. If the norm is
+joint, x is their normalised sum and h is zero. `s` is the old state. `d_` marks gradients; `emit_backward` hands `d_late`
+to `update_backward`: the gradient of a gate that acts only after the norm on c.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(v):
-    """exp alone loses digits near 0, where the series has them: below 1/4 its next term is under 1e-8 of v."""
+    """By exp, which loses digits near 0, and below 1/4 by a series, whose next term is under 1e-8 of v there."""
     t = tl.exp(-2 * tl.abs(v))
     u = v * v
     series = v * (1 + u * (-1 / 3 + u * (2 / 15 + u * (-17 / 315 + u * (62 / 2835)))))
@@ -109,32 +109,32 @@ def indrnn_relu_update_backward(x, h, s, d, d_late):
 
 
 @triton.jit
-def keep(x, h, s):
+def emit_state(x, h, s):
     return s
 
 
 @triton.jit
-def keep_backward(x, h, s, d):
+def emit_state_backward(x, h, s, d):
     return d, d
 
 
-class Step(NamedTuple):
-    """The two halves of a cell and the way back through them; kernels take the four as constants."""
+class Cell(NamedTuple):
+    """The two halves of a cell and their backward; kernels take the four as constants."""
 
     update: Any
     update_backward: Any
-    emit: Any = keep
-    emit_backward: Any = keep_backward
+    emit: Any = emit_state
+    emit_backward: Any = emit_state_backward
 
 
-STEPS = {
-    "lstm": Step(lstm_update, lstm_update_backward, lstm_emit, lstm_emit_backward),
-    "gru": Step(gru_update, gru_update_backward),
-    "gru_joint": Step(gru_joint_update, gru_joint_update_backward),
-    "indrnn": Step(indrnn_update, indrnn_update_backward),
-    "indrnn_relu": Step(indrnn_relu_update, indrnn_relu_update_backward),
+CELLS = {
+    "lstm": Cell(lstm_update, lstm_update_backward, lstm_emit, lstm_emit_backward),
+    "gru": Cell(gru_update, gru_update_backward),
+    "gru_joint": Cell(gru_joint_update, gru_joint_update_backward),
+    "indrnn": Cell(indrnn_update, indrnn_update_backward),
+    "indrnn_relu": Cell(indrnn_relu_update, indrnn_relu_update_backward),
 }
-"""By the names of `CellSpec.steps`."""
+"""The cells by the names of `CellSpec.steps`; `STEPS` of this package lists them too."""
 
 SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-"""What this file says, for those who must know when it has changed."""
+"""A digest of this file, which changes with every cell: see `Plan.source`."""
