@@ -72,7 +72,7 @@ test: setup
 
 # The core under AddressSanitizer and UndefinedBehaviorSanitizer, which end the run at the first error: csrc/tests, then a slice
 # of the suite. One instruction set, `wide` (AVX-512's kernels on AVX2), in one library. Checks of each single address are left
-# to AddressSanitizer: with UndefinedBehaviorSanitizer's, compiling takes several times as long.
+# to AddressSanitizer: with UndefinedBehaviorSanitizer's, compiling takes several times as long. For x86-64 with AVX2.
 SANITIZE := build/sanitize
 SANITIZED := g++ -std=gnu++17 -O1 -g1 -march=x86-64-v3 -Wno-psabi -fno-math-errno -fno-trapping-math -fno-omit-frame-pointer \
   -fsanitize=address,undefined -fno-sanitize=null,alignment,object-size,pointer-overflow -fno-sanitize-recover=all

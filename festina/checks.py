@@ -1,7 +1,8 @@
 """Every validation, once: of what users give, and of a `Call` before a backend sees it.
 
 An error says what was wanted, what came and what to do. `check_call` is the door: kernels take addresses and sizes on
-trust, so every way into a backend passes it.
+trust, so every `Call` passes it. The shorter way of a single step (`festina.dispatch.step`) compares its tensors with a
+prepared step instead, and hands over to a `Call` if anything differs.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def _parameter_shapes(layer: LayerSpec, I: int, H: int, P: int) -> tuple[tuple[i
 
 
 def check_call(call: Call, tensors: Sequence[Tensor]) -> None:
-    """Raise unless the sizes, dtypes and devices of a call agree: the door that every way into a backend passes.
+    """Raise unless the sizes, dtypes and devices of a call agree: the door that every `Call` passes on its way to a backend.
 
     Args:
         call: the call.

@@ -2,7 +2,7 @@
 
 In this order: inside an ONNX export the lowering of `festina.backends.export`; inside a `torch.func` transform the
 reference; if the call is watched (traced, profiled, ...) the operator, which checks and chooses when it runs; else the
-backend in force, as a node of autograd's graph if the call is recorded.
+chosen backend, as a node of autograd's graph if the call is recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from festina.spec import LayerSpec
 
 
 def run(call: Call) -> Outputs:
-    """Carry out a `Call` on the backend in force for it: output `[N, D·P]`, h_n `[D, B, P]`, c_n `[D, B, H]` or None.
+    """Carry out a `Call` on the backend chosen for it: output `[N, D·P]`, h_n `[D, B, P]`, c_n `[D, B, H]` or None.
 
     Under autocast, float32 tensors are cast to its dtype first. Inside a `torch.func` transform the reference runs,
     whatever the backend, since every transform goes through it.

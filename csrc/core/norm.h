@@ -1,4 +1,5 @@
-// The norm: row sums, taken by each thread of a team over its chunks and then added, become 1 / sigma and its gradient.
+// The norm: row sums, taken by each thread of a team over its chunks and then added, become 1 / sigma, and what
+// backward subtracts.
 #pragma once
 #include "team.h"
 
@@ -40,6 +41,7 @@ template <class E> void finish_norm(const Shape& s, const Part& part, const Sums
 }
 
 // d v = scale * d_hat - v * correction for one side, where correction = scale^2 * mean(d_hat * hat): [max_gates].
+// The mean of d_hat, which a norm also subtracts, is left to the centred weights: gradients.h centres their gradients instead.
 template <class E>
 void norm_correction(const Shape& s, const Part& part, const Sums<E>& sums, int side, long row, const E* scale, E* correction) {
   E dots[max_gates] = {};

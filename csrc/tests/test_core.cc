@@ -1,5 +1,5 @@
 // Sigmoid and tanh in ulps, NaN through both, products with every tail, transposed squares, digests, saved bytes: one program for each
-// instruction set, run by tests/test_cpu.py. Prints what failed; exits with 1 if anything did.
+// instruction set, run by tests/cpu/test_kernels.py. Prints what failed; exits with 1 if anything did.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>

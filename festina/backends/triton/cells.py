@@ -134,7 +134,7 @@ CELLS = {
     "indrnn": Cell(indrnn_update, indrnn_update_backward),
     "indrnn_relu": Cell(indrnn_relu_update, indrnn_relu_update_backward),
 }
-"""The cells by the names of `CellSpec.steps`; `STEPS` of this package lists them too."""
+"""The cells by the names of `CellSpec.steps`."""
 
 SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 """A digest of this file, which changes with every cell: see `Plan.source`."""
