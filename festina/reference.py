@@ -1,8 +1,8 @@
 """The equations, for people: a step function for each cell, one norm, one unroll. The oracle of every kernel.
 
 It runs on any device and in any dtype, through any transform, and is differentiated by autograd (`gradients` in
-`festina/backends/eager.py`). It is not written for speed. In a low type (bfloat16, float16) products are made in that type, while norms, gates and c are float32; in
-float32 and float64 everything stays in the type of the input.
+`festina/backends/eager.py`). It is not written for speed. In a low type (bfloat16, float16) products are made in that type,
+while norms, gates and c are float32; in float32 and float64 everything stays in the type of the input.
 """
 
 from __future__ import annotations
