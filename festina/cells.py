@@ -75,7 +75,7 @@ class Cell(RecurrentBase):
                 zoneout=layer.zoneout,
                 zoneout_cell=layer.zoneout_cell,
                 dropconnect=layer.dropconnect,
-                **layer.cell_options(),
+                **layer._cell_options(),
             )
         of_direction = layer.layer_parameters(index)[len(spec.parameter_names) * reverse :]
         for name, parameter in zip(spec.parameter_names, of_direction):

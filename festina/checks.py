@@ -250,6 +250,24 @@ def _parameter_shapes(layer: LayerSpec, I: int, H: int, P: int) -> tuple[tuple[i
     return tuple(layer.parameter_shapes(I, H, P).values()) * layer.directions
 
 
+def check_tensors(call: Call, tensors: Sequence[Tensor]) -> None:
+    """Raise unless all `call.tensors()` are tensors of one dtype on one device; no value and no size is read.
+
+    A watched call is checked so far at once, and by `check_call` when its operator runs.
+
+    Raises:
+        TypeError: one is not a tensor, as a parameter that was set to None.
+        ValueError: one has another dtype or device than the input.
+    """
+    for name, tensor in zip(_tensor_names(call), tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name} must be a Tensor, got {type(tensor).__name__}; bias=False makes a layer without biases"
+            )
+        if tensor.dtype != call.input.dtype or tensor.device != call.input.device:
+            _refuse_type(call, tensors)
+
+
 def check_call(call: Call, tensors: Sequence[Tensor]) -> None:
     """Raise unless the sizes, dtypes and devices of a call agree: the door that every `Call` passes on its way to a backend.
 
@@ -282,6 +300,8 @@ def check_call(call: Call, tensors: Sequence[Tensor]) -> None:
         _check_batch_sizes(call.batch_sizes, N, B)
     elif N % B if B else N:
         raise ValueError(f"input must hold whole steps of B = {B} rows, since batch_sizes is None, got {N} rows")
+    if call.is_active is not None:
+        raise ValueError("is_active must be None outside of an ONNX export; batch_sizes says which rows run")
     if call.resets is not None:
         check_resets(call.resets, (D, N), "[D, N]", device)
     if call.zoneout_mask is not None:
@@ -311,10 +331,14 @@ def _short(sizes: list[int]) -> str:
     return str(sizes) if len(sizes) <= 12 else f"[{', '.join(map(str, sizes[:9]))}, ..., {sizes[-1]}]"
 
 
+def _tensor_names(call: Call) -> tuple[str, ...]:
+    """What errors call each of `call.tensors()`."""
+    return ("input", *(f"{state}_0" for state in call.layer.cell.states), *call.layer.parameter_names * 2)
+
+
 def _refuse_type(call: Call, tensors: Sequence[Tensor]) -> None:
     dtype, device = call.input.dtype, call.input.device
-    names = ("input", *(f"{state}_0" for state in call.layer.cell.states), *call.layer.parameter_names * 2)
-    for name, tensor in zip(names, tensors):
+    for name, tensor in zip(_tensor_names(call), tensors):
         if tensor.dtype != dtype or tensor.device != device:
             raise ValueError(
                 f"{name} must be {dtype} on {device} as the input, got {tensor.dtype} on {tensor.device}; "

@@ -16,7 +16,7 @@ from torch._C import _are_functorch_transforms_active
 from festina import backends, ops, reference
 from festina.backends import export
 from festina.call import Call, Outputs, float32_becomes
-from festina.checks import check_call
+from festina.checks import check_call, check_tensors
 from festina.spec import LayerSpec
 
 
@@ -33,9 +33,11 @@ def run(call: Call) -> Outputs:
     tensors = call.tensors()
     low = float32_becomes(call.input.device.type)
     if low != torch.float32:
-        tensors = [tensor.to(low) if tensor.dtype == torch.float32 else tensor for tensor in tensors]
+        is_wide = [isinstance(tensor, Tensor) and tensor.dtype == torch.float32 for tensor in tensors]
+        tensors = [tensor.to(low) if wide else tensor for tensor, wide in zip(tensors, is_wide)]
         call = call.with_tensors(tensors)
     if ops.is_watched(tensors):
+        check_tensors(call, tensors)
         if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
             return export.run(call)
         if not _are_functorch_transforms_active():

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def layer(
     zoneout_cell: float = 0.0,
     zoneout_mask: Tensor | None = None,
     zoneout_cell_mask: Tensor | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[Tensor | PackedSequence, Tensor | tuple[Tensor, Tensor]]:
     """One recurrent layer over time. The equations are the steps of `festina.reference`.
 
     Args:

@@ -259,7 +259,7 @@ class IndRNN(Recurrent):
         super().__init__(*args, **kwargs)
         self.nonlinearity = nonlinearity
 
-    def cell_options(self) -> dict[str, Any]:
+    def _cell_options(self) -> dict[str, Any]:
         return {"nonlinearity": self.nonlinearity}
 
     def _repr_defaults(self) -> dict[str, Any]:

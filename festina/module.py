@@ -168,7 +168,7 @@ class RecurrentBase(nn.Module):
         shape = (self.spec.directions, steps.shape[0], width)
         return torch.empty(shape, dtype=torch.bool, device=steps.device).bernoulli_(rate)
 
-    def cell_options(self) -> dict[str, Any]:
+    def _cell_options(self) -> dict[str, Any]:
         """What the constructor of this layer's cell takes beyond the arguments of every cell."""
         return {}
 

@@ -93,7 +93,7 @@ def _parse(
 
 
 def _admit(*args: Any) -> tuple[backends.Backend, Call]:
-    """The backend and the call of an operator's arguments, which anybody may have made up."""
+    """The backend and the call of an operator's arguments, checked: users may call an operator directly."""
     backend, call = _parse(*args)
     check_call(call, call.tensors())
     return backend, call
@@ -131,6 +131,8 @@ def _recurrence_backward(*args: Any) -> list[Tensor]:
     *call_args, output, state_n, saved, d_output, d_h_n, d_c_n, wanted = args
     backend, call = _admit(*call_args)
     outputs, d_outputs = _outputs(output, state_n), (d_output, d_h_n, d_c_n)
+    if len(wanted) != len(call.tensors()):
+        raise ValueError(f"wanted must hold {len(call.tensors())} flags for this call, got {len(wanted)}")
     _check_backward(backend, call, outputs, saved, d_outputs)
     found = backend.backward(call, outputs, saved, d_outputs, wanted)
     return [call.input.new_empty(0) if gradient is None else gradient for gradient in found]
@@ -144,17 +146,20 @@ def _check_backward(
     d_outputs: Sequence[Tensor | None],
 ) -> None:
     """Raise unless outputs, their gradients and what was saved belong to such a call."""
+    device = call.input.device
+    call = call.with_tensors([tensor.to("meta") for tensor in call.tensors()])  # shapes alone: nothing is allocated
     like = (*_outputs(*_shapes(call)), *backend.saved_like(call))
     names = ("output", "h_n", "c_n", *("saved" for _ in saved))
     if len(names) != len(like):
         raise ValueError(f"saved must hold {len(like) - 3} tensors for this call on {backend.name}, got {len(saved)}")
-    given = [*zip(names, like, (*outputs, *saved)), *zip(("d_output", "d_h_n", "d_c_n"), like, d_outputs)]
-    for name, want, got in given:
+    pairs = [*zip(names, like, (*outputs, *saved)), *zip(("d_output", "d_h_n", "d_c_n"), like, d_outputs)]
+    for name, want, got in pairs:
         if got is None and (want is None or name.startswith("d_")):
             continue
-        if want is None or got is None or (got.shape, got.dtype, got.device) != (want.shape, want.dtype, want.device):
-            describe = [None if t is None else f"{t.dtype} {list(t.shape)} on {t.device}" for t in (want, got)]
-            raise ValueError(f"{name} must be {describe[0]} for this call, got {describe[1]}")
+        if want is None or got is None or (got.shape, got.dtype, got.device) != (want.shape, want.dtype, device):
+            wanted = None if want is None else f"{want.dtype} {list(want.shape)} on {device}"
+            given = None if got is None else f"{got.dtype} {list(got.shape)} on {got.device}"
+            raise ValueError(f"{name} must be {wanted} for this call, got {given}")
 
 
 def _shapes(call: Call) -> tuple[Tensor, list[Tensor]]:
@@ -196,11 +201,9 @@ class _Recurrence(torch.autograd.Function):
     """A call as a node of autograd's graph. Nothing saved is ever overwritten, so backward may run more than once."""
 
     @staticmethod
-    def forward(
-        ctx: Any, backend: backends.Backend, call: Call, is_watched: bool, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, backend: backends.Backend, call: Call, watched: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`tensors` are those of the call, once more: autograd has to see them."""
-        if is_watched:
+        if watched:
             with torch._C._AutoDispatchBelowAutograd():
                 output, state_n, saved = torch.ops.festina.recurrence_train(*arguments(call, backend.name))
             outputs = _outputs(output, state_n)
@@ -241,7 +244,7 @@ class _Recurrence(torch.autograd.Function):
             found = gradients(call, d_outputs, wanted, create_graph=True)
         else:
             outputs, saved = Outputs(*rest[inputs : inputs + 3]), rest[inputs + 3 :]
-            if is_watched([tensor for tensor in (*kept, *d_outputs) if tensor is not None]):
+            if is_watched([input, *(tensor for tensor in (*kept, *d_outputs) if tensor is not None)]):
                 args = (*arguments(call, ctx.backend.name), *_listed(outputs), saved, *d_all, wanted)
                 found = torch.ops.festina.recurrence_backward(*args)
                 found = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
@@ -262,17 +265,17 @@ class _Recurrence(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _Recurrence).apply
 
 
-def record(backend: backends.Backend, call: Call, tensors: Sequence[Tensor], is_watched: bool = False) -> Outputs:
+def record(backend: backends.Backend, call: Call, tensors: Sequence[Tensor], watched: bool = False) -> Outputs:
     """Carry out a call as a node of autograd's graph; by the operator if it is watched.
 
     Args:
         backend: the one that carries it out, forward and backward.
         call: the call, which `check_call` has passed.
         tensors: `call.tensors()`.
-        is_watched: `is_watched(tensors)`.
+        watched: `is_watched(tensors)`.
     """
-    apply = _Recurrence.apply if is_watched else _apply
-    output, h_n, *c_n = apply(backend, call, is_watched, *tensors)  # type: ignore[no-untyped-call]
+    apply = _Recurrence.apply if watched else _apply
+    output, h_n, *c_n = apply(backend, call, watched, *tensors)  # type: ignore[no-untyped-call]
     return Outputs(output, h_n, c_n[0] if c_n else None)
 
 

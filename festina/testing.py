@@ -28,7 +28,7 @@ from festina.spec import CELLS, LayerSpec
 FEATURES = (
     "zoneout",  # a mask on h
     "zoneout_cell",  # a mask on c, of the cells that have one
-    "expectation",  # no masks: rates on h, and on c where there is one
+    "expectation",  # no masks: rates on h, and on c if the cell has one
     "resets",
     "ragged",  # rows of different lengths
     "idle",  # the last row is never active

@@ -113,6 +113,12 @@ WRONG: dict[str, tuple[Case, Changes, type[Exception], str]] = {
     ),
     "dtype": (FULL, lambda c: {"h_0": c.h_0.double()}, ValueError, "h_0 must be torch.float32 on cpu as the input"),
     "device": (FULL, lambda c: {"c_0": c.c_0.to("meta")}, ValueError, "c_0 must be torch.float32 on cpu as the input"),
+    "export only": (
+        FULL,
+        lambda c: {"is_active": torch.ones(4, 3, dtype=torch.bool)},
+        ValueError,
+        "is_active must be None outside of an ONNX export",
+    ),
     "short resets": (LSTM, lambda c: {"resets": c.resets[:, :-1]}, ValueError, r"resets must be \[D, N\] = \[2, 9\]"),
     "resets of D": (LSTM, lambda c: {"resets": c.resets[:1]}, ValueError, r"resets must be \[D, N\] = \[2, 9\]"),
     "byte resets": (
@@ -188,7 +194,7 @@ class Watcher:
         (name, way)
         for name in WRONG
         for way in WAYS
-        if name not in ("meta sizes", "device") or way in (dispatch.run, transform)
+        if name not in ("meta sizes", "device", "export only") or way in (dispatch.run, transform)
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
@@ -285,3 +291,28 @@ def test_a_packed_sequence_is_not_trusted(name: str, make: type[nn.Module], is_r
         layer(sequence)
     with torch.set_grad_enabled(is_recorded):
         layer(pack_sequence([torch.randn(4, 3), torch.randn(2, 3)]))
+
+
+@pytest.mark.parametrize("is_autocast", [False, True], ids=["plain", "autocast"])
+def test_a_parameter_that_is_none_is_named(is_autocast: bool) -> None:
+    layer = festina.LayerNormLSTM(3, 5)
+    layer.bias_ih_l0 = None
+    with (
+        torch.autocast("cpu", enabled=is_autocast),
+        pytest.raises(TypeError, match="bias_ih must be a Tensor, got NoneType"),
+    ):
+        layer(torch.randn(4, 2, 3))
+
+
+def test_shapes_go_back_through_meta_tensors_with_lengths() -> None:
+    layer = festina.LayerNormLSTM(3, 5, device="meta")
+    output, _ = layer(torch.randn(6, 2, 3, device="meta"), lengths=[6, 2])
+    output.sum().backward()
+    assert all(parameter.grad.is_meta for parameter in layer.parameters())
+
+
+def test_mixed_dtypes_are_refused_without_numbers_too() -> None:
+    layer = festina.LayerNormLSTM(3, 5, device="meta")
+    layer.weight_hh_l0 = nn.Parameter(torch.empty(20, 5, dtype=torch.float64, device="meta"))
+    with pytest.raises(ValueError, match="weight_hh must be torch.float32 on meta as the input, got torch.float64"):
+        layer(torch.randn(6, 2, 3, device="meta"))

@@ -52,7 +52,7 @@ class Backend(Protocol):
         d_outputs: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> list[Tensor | None]:
-        """Gradients of input, h_0, c_0 (where there is one) and every parameter, those that are `wanted`.
+        """Gradients of input, h_0, c_0 (if the cell has a c) and every parameter, those that are `wanted`.
 
         `d_outputs` belong to output, h_n, c_n; None means zero. `saved` and the call are read, never written.
         """

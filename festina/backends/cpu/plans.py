@@ -226,7 +226,7 @@ def take(plan: Plan) -> tuple[Any, Tensor]:
 
 def give(plan: Plan, words: Any, buffer: Tensor) -> None:
     """Keep what a call took, for later ones."""
-    if plan.room <= min(MOST_IDLE_BYTES, POOL.limit):
+    if plan.room <= min(MOST_IDLE_BYTES, POOL.limit // MOST_PLANS):  # all plans together stay within the limit
         plan.idle.append((words, buffer))
 
 

@@ -77,8 +77,8 @@ class Panels:
         waiting = self.ready.get(key)
         if waiting is None:
             if len(self.ready) >= MOST_READY:
-                oldest, *_ = list(self.ready)  # a copy: other threads may change the dict
-                self.ready.pop(oldest, None)
+                for oldest in list(self.ready)[:1]:  # a copy, and no index: other threads may empty the dict
+                    self.ready.pop(oldest, None)
             waiting = self.ready.setdefault(key, [])
         waiting.append(ready)
 
