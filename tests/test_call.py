@@ -314,5 +314,5 @@ def test_shapes_go_back_through_meta_tensors_with_lengths() -> None:
 def test_mixed_dtypes_are_refused_without_numbers_too() -> None:
     layer = festina.LayerNormLSTM(3, 5, device="meta")
     layer.weight_hh_l0 = nn.Parameter(torch.empty(20, 5, dtype=torch.float64, device="meta"))
-    with pytest.raises(ValueError, match="weight_hh must be torch.float32 on meta as the input, got torch.float64"):
+    with pytest.raises(ValueError, match=r"weight_hh must be torch.float32 on meta as the input, got torch.float64"):
         layer(torch.randn(6, 2, 3, device="meta"))
