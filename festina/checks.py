@@ -259,13 +259,18 @@ def check_tensors(call: Call, tensors: Sequence[Tensor]) -> None:
         TypeError: one is not a tensor, as a parameter that was set to None.
         ValueError: one has another dtype or device than the input.
     """
-    for name, tensor in zip(_tensor_names(call), tensors):
+    names = ("input", *(f"{state}_0" for state in call.layer.cell.states), *call.layer.parameter_names * 2)
+    dtype, device = call.input.dtype, call.input.device
+    for name, tensor in zip(names, tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(
                 f"{name} must be a Tensor, got {type(tensor).__name__}; bias=False makes a layer without biases"
             )
-        if tensor.dtype != call.input.dtype or tensor.device != call.input.device:
-            _refuse_type(call, tensors)
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"{name} must be {dtype} on {device} as the input, got {tensor.dtype} on {tensor.device}; "
+                f"call .to('{device}', {dtype}) on the whole layer"
+            )
 
 
 def check_call(call: Call, tensors: Sequence[Tensor]) -> None:
@@ -283,7 +288,7 @@ def check_call(call: Call, tensors: Sequence[Tensor]) -> None:
     dtype, device = input.dtype, input.device
     for tensor in tensors:
         if tensor.dtype != dtype or tensor.device != device:
-            _refuse_type(call, tensors)
+            check_tensors(call, tensors)  # which names it
     if input.dim() != 2 or h_0.dim() != 3 or (c_0 is None) != (len(call.layer.cell.states) == 1):
         _refuse_state(call)
     (N, I), (D, B, P) = input.shape, h_0.shape
@@ -329,21 +334,6 @@ def _check_batch_sizes(batch_sizes: Tensor, N: int, B: int) -> None:
 
 def _short(sizes: list[int]) -> str:
     return str(sizes) if len(sizes) <= 12 else f"[{', '.join(map(str, sizes[:9]))}, ..., {sizes[-1]}]"
-
-
-def _tensor_names(call: Call) -> tuple[str, ...]:
-    """What errors call each of `call.tensors()`."""
-    return ("input", *(f"{state}_0" for state in call.layer.cell.states), *call.layer.parameter_names * 2)
-
-
-def _refuse_type(call: Call, tensors: Sequence[Tensor]) -> None:
-    dtype, device = call.input.dtype, call.input.device
-    for name, tensor in zip(_tensor_names(call), tensors):
-        if tensor.dtype != dtype or tensor.device != device:
-            raise ValueError(
-                f"{name} must be {dtype} on {device} as the input, got {tensor.dtype} on {tensor.device}; "
-                f"call .to('{device}', {dtype}) on the whole layer"
-            )
 
 
 def _refuse_state(call: Call) -> None:
