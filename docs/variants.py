@@ -163,7 +163,9 @@ def kernels(cell: CellSpec, plan: NormPlan) -> str:
     """The backends with kernels for the plan: on each device they refuse it only if they refuse the plain cell."""
 
     def refusals(layer: LayerSpec, name: str) -> list[str | None]:
-        return [backends.get(name).can_run(Case(layer, torch.float32, device)) for device in ("cpu", "cuda")]
+        return [
+            backends.get(name).can_run(Case(layer, torch.float32, torch.device(device))) for device in ("cpu", "cuda")
+        ]
 
     plain, layer = LayerSpec(cell), LayerSpec(cell, plan)
     return " ".join(name for name in backends.names() if refusals(layer, name) == refusals(plain, name))

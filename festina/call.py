@@ -94,12 +94,12 @@ class Case(NamedTuple):
 
     layer: LayerSpec
     dtype: torch.dtype
-    device: str
+    device: torch.device
 
     @classmethod
     def of(cls, call: Call) -> Case:
         """The case of a call."""
-        return cls(call.layer, call.input.dtype, call.input.device.type)
+        return cls(call.layer, call.input.dtype, call.input.device)
 
 
 def float32_becomes(device: str) -> torch.dtype:

@@ -103,9 +103,9 @@ class Case:
         directions = 2 if "bidirectional" in self.features else 1
         return LayerSpec(CELLS[self.cell], self.plan, "nobias" not in self.features, self.P > 0, directions)
 
-    def on(self, device: str) -> calls.Case:
-        """What a backend is chosen by, on a device of this type."""
-        return calls.Case(self.layer, self.dtype, device)
+    def on(self, device: torch.device | str) -> calls.Case:
+        """What a backend is chosen by, on a device."""
+        return calls.Case(self.layer, self.dtype, torch.device(device))
 
     def build(self, device: torch.device | str = "cpu") -> tuple[Call, list[Tensor]]:
         """The call, and a cotangent for each of its outputs.

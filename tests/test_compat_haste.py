@@ -116,7 +116,7 @@ def test_consistency_with_the_script(name: str, zoneout: float, training: bool) 
 def test_self_consistency(name: str, backend: str, zoneout: float) -> None:
     T, B, I, H = SMALL
     rnn, x = trained(TYPES[name](I, H, zoneout=zoneout)), torch.rand(T, B, I)
-    if reason := backends.get(backend).can_run(Case(rnn._spec, x.dtype, "cpu")):
+    if reason := backends.get(backend).can_run(Case(rnn._spec, x.dtype, x.device)):
         pytest.skip(f"{backend}: {reason}")
     found = []
     for used in (backend, "eager"):
@@ -148,7 +148,7 @@ def test_hastes_sizes(name: str) -> None:
     rnn, x = TYPES[name](I, H), torch.rand(T, B, I)
     with torch.no_grad():
         assert_near([rnn(x)[0]], [script(name, dict(rnn.named_parameters()), x, 0.0, None)], ratio=1e-4)
-    if backends.select(Case(rnn._spec, x.dtype, "cpu")) != "eager":
+    if backends.select(Case(rnn._spec, x.dtype, x.device)) != "eager":
         found = run(rnn, x)
         with backends.use("eager"):
             assert_near(found, run(rnn, x), ratio=1e-4)

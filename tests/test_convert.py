@@ -119,7 +119,7 @@ def test_golden_case_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_case_on_every_backend(name: str, backend: str) -> None:
     layer = convert.load(GOLDEN[name], golden(name, "param", torch.float32))
-    reason = backends.get(backend).can_run(Case(layer.spec, torch.float32, "cpu"))
+    reason = backends.get(backend).can_run(Case(layer.spec, torch.float32, torch.device("cpu")))
     if reason:
         pytest.skip(f"{backend}: {reason}")
     with backends.use(backend):

@@ -156,7 +156,7 @@ def test_every_file_is_read():
 def test_golden(name, backend):
     golden = FILES[name]
     layer = LayerSpec(CELLS[golden.cell], golden.norm, projected="proj" in name)
-    if reason := backends.get(backend).can_run(Case(layer, torch.float64, "cpu")):
+    if reason := backends.get(backend).can_run(Case(layer, torch.float64, torch.device("cpu"))):
         pytest.skip(f"{backend}: {reason}")
     arrays = np.load(GOLDEN / f"{name}.npz")
     held = {key: torch.from_numpy(arrays[key]) for key in arrays.files if key != "meta"}

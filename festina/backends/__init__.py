@@ -79,7 +79,26 @@ class Stepper(Backend, Protocol):
         """
 
 
-ON_REQUEST = {"triton": "slower than cuDNN at most sizes (docs/gpu.md); backends.use('triton') asks for it"}
+class HasSpec(Protocol):
+    """A layer or a cell."""
+
+    spec: LayerSpec
+    hidden_size: int
+    output_size: int
+
+
+class Describer(Backend, Protocol):
+    """A backend that carries calls out in more than one way, and can say which one a call takes."""
+
+    def way(self, case: Case, H: int, P: int, B: int, sizes: tuple[int, ...] | int) -> str:
+        """How a call runs, and why, as a phrase; `sizes` are the rows of each step, or T if all have B rows."""
+
+
+ON_REQUEST: dict[str, str] = (
+    {"triton": "its kernels have not run on a ROCm device yet; backends.use('triton') asks for it"}
+    if torch.version.hip
+    else {}
+)
 """Backends that run only where they are forced, each with the reason."""
 
 _forced = os.environ.get("FESTINA_BACKEND", "")
@@ -150,7 +169,7 @@ def select(case: Case, force: str = "") -> str:
 
 
 @lru_cache(maxsize=4096)
-def _chosen(layer: LayerSpec, dtype: torch.dtype, device: str, force: str) -> Backend:
+def _chosen(layer: LayerSpec, dtype: torch.dtype, device: torch.device, force: str) -> Backend:
     return get(select(Case(layer, dtype, device), force))
 
 
@@ -160,7 +179,7 @@ def choose(call: Call, force: str = "") -> Backend:
     Raises:
         BackendError: `force` is unknown or cannot run the call.
     """
-    return _chosen(call.layer, call.input.dtype, call.input.device.type, force)
+    return _chosen(call.layer, call.input.dtype, call.input.device, force)
 
 
 def forced() -> str:
@@ -189,17 +208,12 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-class HasSpec(Protocol):
-    """A layer or a cell."""
-
-    spec: LayerSpec
-
-
 def explain(layer: HasSpec, input: Tensor | PackedSequence) -> list[tuple[str, str | None]]:
     """Each backend with None if it runs `layer` on `input`, else with the reason why not; the first None is chosen.
 
-    The answer holds where this is called: inside `use`, under `FESTINA_BACKEND`, under autocast. A forced backend that
-    cannot run the case leaves no None, and the layer raises.
+    The one that is chosen may say more of itself behind its name: `("triton: team of 8, ...", None)`. The answer holds
+    where this is called: inside `use`, under `FESTINA_BACKEND`, under autocast. A forced backend that cannot run the case
+    leaves no None, and the layer raises.
 
     Raises:
         TypeError: `layer` is none of Festina's layers and cells.
@@ -214,4 +228,24 @@ def explain(layer: HasSpec, input: Tensor | PackedSequence) -> list[tuple[str, s
         raise TypeError(f"layer must be one of Festina's layers or cells, got {type(layer).__name__}")
     tensor = input.data if isinstance(input, PackedSequence) else input
     dtype = float32_becomes(tensor.device.type) if tensor.dtype == torch.float32 else tensor.dtype
-    return reasons(Case(spec, dtype, tensor.device.type), forced())
+    case = Case(spec, dtype, tensor.device)
+    found = reasons(case, forced())
+    chosen = next((name for name, reason in found if reason is None), None)
+    way: Callable[..., str] | None = getattr(get(chosen), "way", None) if chosen else None
+    if way is None:
+        return found
+    told = way(case, layer.hidden_size, layer.output_size, *_rows(layer, input))
+    return [(f"{name}: {told}" if name == chosen else name, reason) for name, reason in found]
+
+
+def _rows(layer: HasSpec, input: Tensor | PackedSequence) -> tuple[int, tuple[int, ...] | int]:
+    """The batch size of a layer's or cell's input, and the rows of each step, or T if all have as many."""
+    if isinstance(input, PackedSequence):
+        sizes = tuple(input.batch_sizes.tolist())
+        return max(sizes, default=0), sizes
+    is_batch_first = getattr(layer, "batch_first", None)
+    if is_batch_first is None:  # a cell
+        return (input.shape[0] if input.dim() == 2 else 1), 1
+    if input.dim() == 2:
+        return 1, input.shape[0]
+    return input.shape[0 if is_batch_first else 1], input.shape[1 if is_batch_first else 0]

@@ -296,7 +296,7 @@ def record(point: Point, name: str, device: str, found: Race, conditions: dict[s
     ours = found.time_us["festina"]
     layer, _ = layers(point, "meta")
     gflops = point.gflop(name) / (ours.median * 1e-6)
-    backend = backends.select(Case(layer.spec, DTYPES[point.dtype], device), backends.forced())
+    backend = backends.select(Case(layer.spec, DTYPES[point.dtype], torch.device(device)), backends.forced())
     return {
         "case": str(point),
         "pass": name,

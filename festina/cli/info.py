@@ -50,7 +50,7 @@ def backend_states() -> list[dict[str, Any]]:
     for name in backends.names():
         reasons = {}
         for kind in dict.fromkeys(found["device"].partition(":")[0] for found in devices()):
-            reasons[kind] = dict(backends.reasons(Case(layer.spec, torch.float32, kind)))[name]
+            reasons[kind] = dict(backends.reasons(Case(layer.spec, torch.float32, torch.device(kind))))[name]
         states.append({"backend": name, "reasons": reasons, "isa": backends.isa(name)})
     return states
 

@@ -107,7 +107,7 @@ def test_a_layout_that_contradicts_itself_is_refused(was, now):
 def test_the_core_has_a_kernel_for_every_plan_but_those_it_names():
     for name, plan in EVERY_PLAN:
         layer = LayerSpec(CELLS[name], plan)
-        reason = CPU.can_run(calls.Case(layer, torch.float32, "cpu"))
+        reason = CPU.can_run(calls.Case(layer, torch.float32, torch.device("cpu")))
         assert reason == missing_kernel(layer, abi.core().layout.values["cell"]), f"{name} under {plan}"
 
 
@@ -117,7 +117,7 @@ def test_what_the_core_does_not_know_is_refused(monkeypatch):
 
     def reason(dtype=torch.float32, **changed):
         monkeypatch.setattr(core, "layout", replace(known, **changed))
-        return CPU.can_run(calls.Case(layer, dtype, "cpu"))
+        return CPU.can_run(calls.Case(layer, dtype, torch.device("cpu")))
 
     known = core.layout
     assert reason() is None

@@ -36,8 +36,8 @@ class Cpu:
         self._panels = PanelCache()
 
     def can_run(self, case: Case) -> str | None:
-        if case.device != "cpu":
-            return f"it runs on cpu only, and the input is on {case.device}"
+        if case.device.type != "cpu":
+            return f"it runs on cpu only, and the input is on {case.device.type}"
         core, reason = abi.library().core, abi.library().reason
         if core is None:
             return reason
@@ -124,7 +124,7 @@ class Cpu:
         panels: Panels,
     ) -> Ready | None:
         """A step of these sizes; None for what is refused."""
-        if self.can_run(Case(layer, input.dtype, "cpu")) is not None:
+        if self.can_run(Case(layer, input.dtype, input.device)) is not None:
             return None
         return prepare(layer, parameters, input, rates, panels)
 

@@ -1,7 +1,9 @@
-"""Triton: kernels for any GPU that Triton serves, NVIDIA and AMD. `docs/gpu.md` says what was tested, and how.
+"""Triton: kernels for NVIDIA GPUs, and AMD's on request. `docs/gpu.md` says what was tested, and how.
 
-Two tiers: for small H, and for IndRNN, the whole recurrence is one launch (`loop_tier.py`); otherwise one launch a step
-beside the product that torch computes (`step_tier.py`).
+kernels, from the inside     cells, norm, step: one step, told once; team, product: what programs do together, and products
+launches                     one_launch, step_tier: many steps in one launch, or a launch a step
+the host                     recurrence: both passes; direction, runs: one direction, and its steps; tiers: which tier;
+                             setup, launch, device: what is made once and kept
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from festina.backends.support import missing_kernel
+from festina.backends.triton.device import device_of
 from festina.call import Call, Case, Outputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,29 +40,47 @@ class Triton:
         if is_interpreting():
             if case.dtype == torch.bfloat16:
                 return "Triton's interpreter rounds bfloat16 wrongly"
-        elif case.device != "cuda":
-            return f"it needs a CUDA or ROCm device, and the input is on {case.device}"
+        elif case.device.type != "cuda":
+            return f"it needs a CUDA or ROCm device, and the input is on {case.device.type}"
+        else:
+            gpu = device_of(case.device)
+            least = 80 if case.dtype == torch.bfloat16 else 75
+            if gpu.backend == "cuda" and gpu.capability < least:
+                return (
+                    f"{case.dtype} needs compute capability {least / 10}, and {case.device} has {gpu.capability / 10}"
+                )
         from festina.backends.triton import cells  # noqa: PLC0415  triton is optional, and slow to import
 
         return missing_kernel(case.layer, cells.CELLS)
 
+    def way(self, case: Case, H: int, P: int, B: int, sizes: tuple[int, ...] | int) -> str:
+        """The tier that takes the steps of a call, and why; see `backends.Describer`."""
+        from festina.backends.triton import setup  # noqa: PLC0415  triton is optional
+
+        tier = setup.made(case.layer, case.dtype, case.device, H, P, B, sizes).tier
+        return f"{tier.name}, {tier.why}"
+
     def forward(self, call: Call) -> Outputs:
         from festina.backends.triton import recurrence  # noqa: PLC0415  triton is optional
 
-        return recurrence.forward(call, None)
+        return recurrence.forward(call)
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         from festina.backends.triton import recurrence  # noqa: PLC0415  triton is optional
 
         saved = self.saved_like(call)
-        return recurrence.forward(call, saved[0] if saved else None), saved
+        return recurrence.forward(call, *_c_and_statistics(call, saved)), saved
 
     def saved_like(self, call: Call) -> list[Tensor]:
-        """c after every step: all that is kept beyond the output."""
-        if call.c_0 is None:
-            return []
-        D, _, H = call.c_0.shape
-        return [call.input.new_empty(D, len(call.input), H, dtype=torch.float32)]
+        """c after every step, and the statistics of every norm where a team may take the steps."""
+        from festina.backends.triton import setup  # noqa: PLC0415  triton is optional
+
+        D, N, empty = call.layer.directions, call.input.shape[0], call.input.new_empty
+        saved = [] if call.c_0 is None else [empty((D, N, call.c_0.shape[2]), dtype=torch.float32)]
+        statistics = setup.statistics_kept(call)
+        if statistics:
+            saved.append(empty((D, N, 2 * statistics), dtype=torch.float32))
+        return saved
 
     def backward(
         self,
@@ -71,7 +92,13 @@ class Triton:
     ) -> list[Tensor | None]:
         from festina.backends.triton import recurrence  # noqa: PLC0415  triton is optional
 
-        return recurrence.backward(call, outputs[0], saved[0] if saved else None, d_outputs, wanted)
+        return recurrence.backward(call, outputs[0], *_c_and_statistics(call, saved), d_outputs, wanted)
+
+
+def _c_and_statistics(call: Call, saved: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """What `saved_like` lists: c, and the statistics; None for what it leaves out."""
+    has_c = call.c_0 is not None
+    return saved[0] if has_c else None, saved[has_c] if len(saved) > has_c else None
 
 
 TRITON = Triton()

@@ -16,12 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from festina.backends.triton.launch import block, launch, programs, rows_per_program
-from festina.backends.triton.step import Chunk, chunk_step, chunk_step_backward, load_flags, zoneout, zoneout_backward
+from festina.backends.triton.launch import block, programs, rows_per_program
+from festina.backends.triton.step import (
+    chunk_step,
+    chunk_step_backward,
+    load_flags,
+    store_chunk,
+    zoneout,
+    zoneout_backward,
+)
 from festina.backends.triton.tile import load_tile, load_tiles, place, store_tile
 
 if TYPE_CHECKING:
-    from festina.backends.triton.direction import Direction, Gradients, Run, States
+    from festina.backends.triton.direction import Direction
+    from festina.backends.triton.recurrence import Backward, States
+    from festina.backends.triton.runs import Run
 
 
 @triton.jit
@@ -45,14 +54,14 @@ def finish_step_backward(D_OUT, PENDING, D_H, around, is_reset, tile, plan: tl.c
 
 @triton.jit(do_not_specialize=["packed_start", "chunk_start", "rows"])
 def step_forward(
-    X, PRODUCT, UNPROJECTED, S_H, S_C, OUT, C, w, around, packed_start, chunk_start, rows,
+    packed_start, chunk_start, rows, X, PRODUCT, UNPROJECTED, S_H, S_C, OUT, C, w, around,
     plan: tl.constexpr, out_width: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """One step, from the recurrent product. The states S_H and S_C are overwritten; C, unless None, is c of all steps.
 
     With a projection h goes to UNPROJECTED, and `finish_forward` does the rest.
     """
-    tile = place(rows, packed_start, chunk_start, plan.H, BM, BH)
+    tile = place(tl.program_id(0), tl.arange(0, BH), rows, packed_start, chunk_start, plan.H, BM)
     is_reset = load_flags(around.resets, tile)
 
     G: tl.constexpr = plan.G
@@ -65,7 +74,8 @@ def step_forward(
         c = tl.where(is_reset, 0.0, load_tile(S_C, tile.row, tile, plan.H))
     else:
         h = tl.where(is_reset, 0.0, load_tile(S_H, tile.row, tile, plan.H))
-    new_h, new_c = chunk_step(X, C, p, h, c, w, around, tile, plan)
+    x = load_tiles(X, tile.chunk_row, tile, plan.H, G)
+    new_h, new_c, _ = chunk_step(C, x, p, h, c, w, around, tile, plan, None)
     if plan.has_c:
         store_tile(S_C, new_c, tile.row, tile, plan.H)
     if plan.is_projected:
@@ -76,11 +86,11 @@ def step_forward(
 
 @triton.jit(do_not_specialize=["packed_start", "rows"])
 def finish_forward(
-    PROJECTED, S_H, OUT, around, packed_start, rows,
+    packed_start, rows, PROJECTED, S_H, OUT, around,
     plan: tl.constexpr, out_width: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """The rest of a step, from the projected h."""
-    tile = place(rows, packed_start, 0, plan.P, BM, BP)
+    tile = place(tl.program_id(0), tl.arange(0, BP), rows, packed_start, 0, plan.P, BM)
     is_reset = load_flags(around.resets, tile)
     h = load_tile(PROJECTED, tile.row, tile, plan.P)
     finish_step(h, S_H, OUT, around, is_reset, tile, plan, out_width)
@@ -88,7 +98,7 @@ def finish_forward(
 
 @triton.jit(do_not_specialize=["packed_start", "chunk_start", "rows"])
 def step_backward(
-    chunk, D_OUT, D_UNPROJECTED, PENDING, D_H, D_C, w, around, packed_start, chunk_start, rows,
+    packed_start, chunk_start, rows, chunk, D_OUT, D_UNPROJECTED, PENDING, D_H, D_C, w, around,
     plan: tl.constexpr, out_width: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """Backward of one step. PENDING is the product d_p · W_hh of the following step, not yet in D_H; D_H and D_C, the
@@ -96,7 +106,7 @@ def step_backward(
 
     With a projection `finish_backward` ran before, and D_UNPROJECTED is the gradient of h before its projection.
     """
-    tile = place(rows, packed_start, chunk_start, plan.H, BM, BH)
+    tile = place(tl.program_id(0), tl.arange(0, BH), rows, packed_start, chunk_start, plan.H, BM)
     is_reset = load_flags(around.resets, tile)
 
     d_kept, d_c = None, None
@@ -106,7 +116,8 @@ def step_backward(
         d_kept, d_h = finish_step_backward(D_OUT, PENDING, D_H, around, is_reset, tile, plan, out_width)
     if plan.has_c:
         d_c = load_tile(D_C, tile.row, tile, plan.H)
-    _, d_old = chunk_step_backward(chunk, d_h, d_c, w, around, is_reset, tile, plan)
+    found, d_old = chunk_step_backward(chunk, d_h, d_c, w, around, is_reset, tile, plan, None, None)
+    store_chunk(chunk, found, tile, plan)
     if plan.has_c:
         store_tile(D_C, d_old, tile.row, tile, plan.H)
         if not plan.is_projected:
@@ -117,66 +128,75 @@ def step_backward(
 
 @triton.jit(do_not_specialize=["packed_start", "chunk_start", "rows"])
 def finish_backward(
-    D_OUT, PENDING, D_H, D_PROJECTED, around, packed_start, chunk_start, rows,
+    packed_start, chunk_start, rows, D_OUT, PENDING, D_H, D_PROJECTED, around,
     plan: tl.constexpr, out_width: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Backward of `finish_forward`; D_PROJECTED, of the whole chunk, is the gradient of the projected h."""
-    tile = place(rows, packed_start, chunk_start, plan.P, BM, BP)
+    tile = place(tl.program_id(0), tl.arange(0, BP), rows, packed_start, chunk_start, plan.P, BM)
     is_reset = load_flags(around.resets, tile)
     d_kept, d_h = finish_step_backward(D_OUT, PENDING, D_H, around, is_reset, tile, plan, out_width)
     store_tile(D_PROJECTED, d_h, tile.chunk_row, tile, plan.P)
     store_tile(D_H, d_kept, tile.row, tile, plan.P)
 
 
-def forward(direction: Direction, run: Run, x: Tensor, chunk_origin: int, states: States) -> None:
-    """The steps of a run. `x` is the chunk's input product; the chunk begins at packed row `chunk_origin`."""
-    plan, parameters, h = direction.plan, direction.parameters, states.h
-    first, stride = direction.start_and_stride(run)
+def forward(direction: Direction, run: Run, x: Tensor, origin: int, states: States) -> None:
+    """The steps of a run. `x` is the chunk's input product; the chunk begins at packed row `origin`."""
+    plan, parameters = direction.plan, direction.parameters
+    start, stride = direction.start_and_stride(run)
     rows, BH, BP = run.rows, block(plan.H), block(plan.P)
     BM = rows_per_program(BH)
-    product = h.new_empty(rows, direction.width)
+    h, grid = states.h.view(-1, plan.P)[:rows], programs(rows, BM)
+    weight = parameters["weight_hh"].t()
+    product = h.new_empty(rows, direction.setup.width)
     unprojected, projected = (h.new_empty(rows, size) if plan.is_projected else None for size in (plan.H, plan.P))
-    for t in range(run.steps):
-        packed_start = first + t * stride
-        torch.mm(h[:rows], parameters["weight_hh"].t(), out=product)
-        launch(
-            step_forward, programs(rows, BM), BM * BH,
-            X=x, PRODUCT=product, UNPROJECTED=unprojected, S_H=h, S_C=states.c, OUT=states.output, C=states.every_c,
-            w=direction.weights, around=direction.around, packed_start=packed_start,
-            chunk_start=packed_start - chunk_origin, rows=rows, plan=plan, out_width=states.out_width, BM=BM, BH=BH,
-        )  # fmt: skip
-        if unprojected is not None and projected is not None:
-            torch.mm(unprojected, parameters["weight_hr"].t(), out=projected)
-            launch(
-                finish_forward, programs(rows, BM), BM * BP,
-                PROJECTED=projected, S_H=h, OUT=states.output, around=direction.around, packed_start=packed_start,
-                rows=rows, plan=plan, out_width=states.out_width, BM=BM, BP=BP,
-            )  # fmt: skip
+    tensors = (x, product, unprojected, states.h, states.c, states.output, states.every_c)
+    parts = (tensors, direction.weights, direction.around)
+    step = direction.launch(step_forward, grid, BM * BH, parts, states.out_width, BM, BH)
+    parts = ((projected, states.h, states.output), direction.around)
+    finish = direction.launch(finish_forward, grid, BM * BP, parts, states.out_width, BM, BP)
+    weight_hr = parameters["weight_hr"].t() if plan.is_projected else weight
+    for packed_start in range(start, start + run.steps * stride, stride):
+        torch.mm(h, weight, out=product)
+        step(packed_start, packed_start - origin, rows)
+        if unprojected is not None:
+            torch.mm(unprojected, weight_hr, out=projected)
+            finish(packed_start, rows)
 
 
-def backward(direction: Direction, run: Run, chunk: Chunk, chunk_origin: int, gradients: Gradients) -> None:
-    """Backward of the steps of a run. The chunk begins at packed row `chunk_origin`."""
-    plan, parameters, pending = direction.plan, direction.parameters, gradients.pending
-    first, stride = direction.start_and_stride(run, backward=True)
+def backward(direction: Direction, run: Run, of_direction: Backward) -> None:
+    """Backward of the steps of a run."""
+    plan, parameters, chunk, gradients = (
+        direction.plan,
+        direction.parameters,
+        of_direction.chunk,
+        of_direction.gradients,
+    )
+    start, stride = direction.start_and_stride(run, backward=True)
     rows, BH, BP = run.rows, block(plan.H), block(plan.P)
     BM = rows_per_program(BH)
+    grid, weight = programs(rows, BM), parameters["weight_hh"]
+    if of_direction.pending is None:
+        of_direction.pending = torch.zeros_like(direction.call.h_0[direction.d], memory_format=torch.contiguous_format)
+    pending = of_direction.pending
     d_unprojected = pending.new_empty(rows, plan.H) if plan.is_projected else None
-    for t in range(run.steps):
-        packed_start = first + t * stride
-        chunk_start = packed_start - chunk_origin
-        step_rows = slice(chunk_start, chunk_start + rows)
+    tensors = (gradients.output, d_unprojected, pending, gradients.h, gradients.c)
+    parts = (chunk, tensors, direction.weights, direction.around)
+    step = direction.launch(step_backward, grid, BM * BH, parts, gradients.out_width, BM, BH)
+    parts = ((gradients.output, pending, gradients.h, chunk.d_projected), direction.around)
+    finish = direction.launch(finish_backward, grid, BM * BP, parts, gradients.out_width, BM, BP)
+    last = start - of_direction.origin + (run.steps - 1) * stride
+    d_p = chunk.d_p[min(start - of_direction.origin, last) :][: rows * run.steps].split(
+        rows
+    )  # in the order of packed rows
+    d_projected = d_p
+    out = pending[:rows]
+    if d_unprojected is not None:
+        d_projected = chunk.d_projected[min(start - of_direction.origin, last) :][: rows * run.steps].split(rows)
+    order = range(run.steps) if stride > 0 else range(run.steps - 1, -1, -1)
+    for t, packed_start in zip(order, range(start, start + run.steps * stride, stride), strict=True):
+        chunk_start = packed_start - of_direction.origin
         if d_unprojected is not None:
-            launch(
-                finish_backward, programs(rows, BM), BM * BP,
-                D_OUT=gradients.output, PENDING=pending, D_H=gradients.h, D_PROJECTED=chunk.d_projected,
-                around=direction.around, packed_start=packed_start, chunk_start=chunk_start, rows=rows,
-                plan=plan, out_width=gradients.out_width, BM=BM, BP=BP,
-            )  # fmt: skip
-            torch.mm(chunk.d_projected[step_rows], parameters["weight_hr"], out=d_unprojected)
-        launch(
-            step_backward, programs(rows, BM), BM * BH,
-            chunk=chunk, D_OUT=gradients.output, D_UNPROJECTED=d_unprojected, PENDING=pending, D_H=gradients.h,
-            D_C=gradients.c, w=direction.weights, around=direction.around, packed_start=packed_start,
-            chunk_start=chunk_start, rows=rows, plan=plan, out_width=gradients.out_width, BM=BM, BH=BH,
-        )  # fmt: skip
-        torch.mm(chunk.d_p[step_rows], parameters["weight_hh"], out=pending[:rows])
+            finish(packed_start, chunk_start, rows)
+            torch.mm(d_projected[t], parameters["weight_hr"], out=d_unprojected)
+        step(packed_start, chunk_start, rows)
+        torch.mm(d_p[t], weight, out=out)

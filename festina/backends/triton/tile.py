@@ -27,10 +27,9 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def place(rows, packed_start, chunk_start, width: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's tile of a step of `rows` rows; the other two arguments say where the step's first row stands."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    col = tl.arange(0, BLOCK)
+def place(block, col, rows, packed_start, chunk_start, width: tl.constexpr, BM: tl.constexpr):
+    """Block `block` of a step of `rows` rows, and columns `col`; the two starts say where the step's first row stands."""
+    row = tl.cast(block, tl.int64) * BM + tl.arange(0, BM)
     is_row = row < rows
     packed_row, chunk_row = tl.cast(packed_start, tl.int64) + row, tl.cast(chunk_start, tl.int64) + row
     return Tile(row, packed_row, chunk_row, col, is_row, is_row[:, None] & (col < width)[None, :])

@@ -57,7 +57,7 @@ def backend_of(model: CharacterModel, device: torch.device) -> str:
     layer = model.recurrent
     if not isinstance(layer, Recurrent):
         return "torch"
-    return backends.select(Case(layer.spec, torch.float32, device.type), backends.forced())
+    return backends.select(Case(layer.spec, torch.float32, device), backends.forced())
 
 
 @torch.no_grad()
