@@ -1,17 +1,18 @@
 """The host's time on a GPU's path, without a GPU: kernels are compiled, and a driver starts none of them.
 
-    python bench/launch.py
+    python bench/launch.py --out bench/results/<machine>-gpu-host.jsonl
 
 A layer in the loop tier and in the team tier, forward and with backward, beside a backend that computes nothing. Two steps:
 the CPU computes the products over time here, and in these tiers the host does the same for any number of steps. Then what
 one more step costs in the step tier, with its product (T = 40 and 120, one row, H = 16). Contestants take turns in rounds;
-a line gives the median and the least of µs of the thread's CPU time.
+a line gives the median, 20th and 80th percentile of µs of the thread's CPU time.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
-import statistics
+import json
 import sys
 import time
 import warnings
@@ -19,12 +20,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 import festina
 from festina import backends, norms
 from festina.backends.triton import TRITON, setup, tiers
+from festina.cli.measure import commit, machine
 from festina.testing import Case
 
 HERE = Path(__file__).parent
@@ -67,7 +71,7 @@ def using(backend: str, work: Callable[[], object]) -> None:
         work()
 
 
-def layers() -> None:
+def layers() -> dict[str, list[float]]:
     backends.registry()["null"] = Null()
     contestants: dict[str, Callable[[], object]] = {}
     for cell in (festina.LayerNormLSTM, festina.LayerNormGRU):
@@ -77,11 +81,10 @@ def layers() -> None:
                 for backend in ("triton", "null"):
                     name = f"{cell.__name__} H={H} {what}: {backend}"
                     contestants[name] = partial(using, backend, partial(work, layer, x))
-    for name, times in race(contestants).items():
-        print(f"{name:<50} {statistics.median(times):6.0f} {min(times):6.0f}")
+    return race(contestants)
 
 
-def steps() -> None:
+def steps() -> dict[str, list[float]]:
     setup.tier_of = lambda *_: tiers.Tier("step", "it is measured")  # type: ignore[assignment]
     setup.forget()
     works: dict[str, Callable[[], object]] = {}
@@ -93,18 +96,29 @@ def steps() -> None:
         works[f"backward {T}"] = partial(TRITON.backward, call, outputs, saved, cotangents, wanted)
     with torch.no_grad():
         times = race(works)
-    for what in ("forward", "backward"):
-        slopes = [(long - short) / 80 for short, long in zip(times[f"{what} 40"], times[f"{what} 120"])]
-        print(f"{'a step, ' + what:<50} {statistics.median(slopes):6.1f} {min(slopes):6.1f}")
+    return {
+        f"a step, {what}": [(long - short) / 80 for short, long in zip(times[f"{what} 40"], times[f"{what} 120"])]
+        for what in ("forward", "backward")
+    }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="a file for JSON lines")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     TRITON.can_run = lambda case: None  # type: ignore[method-assign]
     with compiling("sm_90"):
-        layers()
-        steps()
+        measured = {**layers(), **steps()}
+    facts = {"machine": machine("cpu"), "torch": torch.__version__, "triton": triton.__version__, "commit": commit()}
+    lines = []
+    for name, times in measured.items():
+        p20, median, p80 = (round(value, 1) for value in np.percentile(times, [20, 50, 80]))
+        print(f"{name:<50} {median:7.1f} {p20:7.1f} {p80:7.1f}")
+        lines.append(json.dumps({"what": name, "median_us": median, "p20_us": p20, "p80_us": p80, **facts}))
+    if args.out:
+        args.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
