@@ -41,7 +41,7 @@ if is_interpreting():
     pytest.skip("under TRITON_INTERPRET nothing can be compiled; see interpreted.py", allow_module_level=True)
 
 HERE = Path(__file__).parent
-PARTS = 4
+PARTS = 8
 
 LSTM = Case("lstm", norms.HASTE, T=5, B=3, H=9)
 
