@@ -193,6 +193,18 @@ def test_the_tier_of_each_size(H, B, dtype, target, tier):
         assert found.teams * found.forward.K <= TARGETS[target][1].processors
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_90"])
+def test_weights_fit_at_every_size(target, dtype):
+    """Padded as the kernels keep them, with 8 KB for what else a team needs."""
+    device = TARGETS[target][1]
+    size = (4 if dtype == torch.float32 else 2) * (2 if target == "sm_75" else 1)
+    for H in range(17, 1300):
+        found = tiers.tier_of(Plan.of(replace(LSTM, H=H).layer, H, H), 16, 1, dtype, device, 50.0)
+        for team in (found.forward, found.backward) if found.is_team else ():
+            assert team.HP * team.HS * team.GP * size + (8 << 10) <= device.shared_bytes, (H, team)
+
+
 @pytest.mark.parametrize(
     ("case", "runs", "why"),
     [
@@ -219,8 +231,9 @@ def test_explain_names_the_tier(monkeypatch):
 @pytest.mark.parametrize(
     ("case", "kept"),
     [
-        (LSTM, [(1, 15, 9)]),
-        (Case("gru", norms.HASTE), []),
+        (LSTM, [(1, 15, 9), (1, 15, 4)]),
+        (Case("gru", norms.HASTE), [(1, 6, 2)]),
+        (Case("lstm", norms.ICEFALL, P=3), [(1, 6, 7)]),
         (replace(LSTM, H=300), [(1, 15, 300), (1, 15, 4)]),
         (Case("gru", norms.BA2016_GRU, H=300), [(1, 6, 4)]),
         (Case("gru", norms.NONE, H=300), []),
@@ -231,6 +244,8 @@ def test_c_is_kept_and_statistics_of_a_team(case, kept, launches):
     call, _ = case.build()
     saved = TRITON.forward_train(call)[1]
     assert [tuple(tensor.shape) for tensor in saved] == kept
+    elsewhere = call.with_tensors([tensor.to("meta") for tensor in call.tensors()])
+    assert [tuple(tensor.shape) for tensor in TRITON.saved_like(elsewhere)] == kept
 
 
 def train(case: Case) -> None:
@@ -300,6 +315,11 @@ def test_large_numbers_and_profilers_take_tritons_launcher(started, monkeypatch)
     monkeypatch.setattr(launch, "is_watched", lambda: True)
     TRITON.forward(call)
     assert len(started) == 2
+
+
+def test_a_rate_may_be_a_whole_number(started):
+    TRITON.forward(replace(KEPT[0].build()[0], zoneout=1))
+    assert "loop_forward" in started
 
 
 def test_a_profiler_is_noticed():

@@ -72,7 +72,7 @@ class Triton:
         return recurrence.forward(call, *_c_and_statistics(call, saved)), saved
 
     def saved_like(self, call: Call) -> list[Tensor]:
-        """c after every step, and the statistics of every norm where a team may take the steps."""
+        """c after every step, and room for the statistics of every norm, which a team keeps."""
         from festina.backends.triton import setup  # noqa: PLC0415  triton is optional
 
         D, N, empty = call.layer.directions, call.input.shape[0], call.input.new_empty

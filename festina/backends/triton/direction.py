@@ -84,8 +84,8 @@ class Direction:
             resets=self._flags(call.resets),
             keep_h=self._flags(call.zoneout_mask),
             keep_c=self._flags(call.zoneout_cell_mask),
-            rate_h=call.zoneout if call.zoneout and call.zoneout_mask is None else None,
-            rate_c=call.zoneout_cell if call.zoneout_cell and call.zoneout_cell_mask is None else None,
+            rate_h=float(call.zoneout) if call.zoneout and call.zoneout_mask is None else None,
+            rate_c=float(call.zoneout_cell) if call.zoneout_cell and call.zoneout_cell_mask is None else None,
         )
 
     def _flags(self, flags: Tensor | None) -> Tensor | None:

@@ -78,7 +78,7 @@ def pattern(values: Sequence[Any]) -> tuple[object, ...]:
     are multiples of 16, and on AMD whether 31 bits reach all of their bytes. A number counts by its type: a rate is known at
     run time only."""
     found: list[object] = [
-        None if v is None else float if v.__class__ is float else (v.dtype, v.data_ptr() & 15) for v in values
+        None if v is None else float if v.__class__ is float else (v.dtype, v.data_ptr() % 16 == 0) for v in values
     ]
     if torch.version.hip:
         found += [isinstance(v, Tensor) and v.untyped_storage().nbytes() <= LARGEST for v in values]

@@ -354,7 +354,7 @@ def _start(
         starts.append((packed_start, packed_start - origin, stride))
     (packed_start, chunk_start, stride), (other_packed, other_chunk, _) = starts[0], starts[-1]
     blocks = programs(run.rows, team.BM)
-    teams = min(setup.tier.teams, blocks) if team.K > 1 else blocks
+    teams = min(setup.ruled.teams, blocks) if team.K > 1 else blocks
     boxes = None
     if team.K > 1:
         words = int(HEAD) + 2 * len(group) * teams * team.words

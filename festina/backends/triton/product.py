@@ -39,7 +39,7 @@ def split(v):
 def right(weights, is_split: tl.constexpr):
     """A tile of weights as `product` takes it: with its factor, if it is split."""
     if is_split:
-        up, down = power(tl.max(tl.abs(weights)), 127)
+        up, down = power(tl.max(tl.abs(weights)), 1)
         hi, lo = split(weights * down)
         return hi, lo, up
     else:

@@ -122,6 +122,8 @@ def _forward(
     call: Call, setup: Setup, input: Tensor, h_0: Tensor, c_0: Tensor | None, c: Tensor | None, stats: Tensor | None
 ) -> Outputs:
     D, _, P = h_0.shape
+    if not setup.tier.is_team:
+        stats = None
     output = input.new_empty(input.shape[0], D * P)
     is_one_launch = setup.tier.forward is not None
     once = setup.is_full and is_one_launch and len(setup.forward_chunks) == 1
@@ -158,7 +160,7 @@ def backward(
 ) -> list[Tensor | None]:
     """The wanted gradients of `call.tensors()`, from those of output, h_n and c_n."""
     setup = setup_of(call)
-    if setup.tier.backward is None:
+    if not setup.tier.is_team:
         stats = None
     with scope(call, setup):
         try:

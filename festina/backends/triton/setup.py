@@ -154,7 +154,7 @@ def _kernels(layer: LayerSpec, dtype: torch.dtype, device: torch.device, H: int,
     return Kernels(Plan.of(layer, H, P), device_of(device), index_of(device))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def made(
     layer: LayerSpec, dtype: torch.dtype, device: torch.device, H: int, P: int, B: int, sizes: tuple[int, ...] | int
 ) -> Setup:
@@ -172,17 +172,17 @@ def setup_of(call: Call) -> Setup:
 
 
 @lru_cache(maxsize=1024)
-def _statistics(layer: LayerSpec, dtype: torch.dtype, device: torch.device, H: int, P: int) -> int:
-    kernels = _kernels(layer, dtype, device, H, P)
-    tier = tier_of(kernels.plan, 1, layer.directions, dtype, kernels.device, inf)
-    return kernels.plan.statistics if tier.is_team else 0
+def _statistics(layer: LayerSpec) -> int:
+    plan = Plan.of(layer, 1, 1)
+    return 0 if plan.is_diagonal or plan.is_projected else plan.statistics
 
 
 def statistics_kept(call: Call) -> int:
-    """Statistics of a row that forward steps keep: those of all norms if a team may take the steps, whatever B and T."""
-    P = call.h_0.shape[2]
-    H = P if call.c_0 is None else call.c_0.shape[2]
-    return _statistics(call.layer, call.input.dtype, call.input.device, int(H), int(P))
+    """Statistics of a row that a forward pass keeps room for: those of all norms, where a team might take the steps.
+
+    Sizes and device do not matter, so that shapes can be propagated without them.
+    """
+    return _statistics(call.layer)
 
 
 def forget() -> None:

@@ -76,7 +76,7 @@ def tier_of(plan: Plan, B: int, directions: int, dtype: torch.dtype, device: Dev
     if steps_of_a_run < RUN_STEPS:
         return Tier("step", "lengths change too often for a launch each")
     GP = power_of_two(plan.G)
-    HS = next((units for units in (32, 16, 8) if GP * plan.H * units * size <= room), 0)
+    HS = next((units for units in (32, 16, 8) if _padded(plan, units, is_split) * size <= room), 0)
     if not HS:
         return Tier("step", f"the weights of 8 units, {GP * plan.H * 8 * size >> 10} KiB, do not fit on a processor")
     K = programs(plan.H, HS)
@@ -89,11 +89,17 @@ def tier_of(plan: Plan, B: int, directions: int, dtype: torch.dtype, device: Dev
     return Tier(f"team of {K}", why, forward, backward, teams=min(blocks, most))
 
 
+def _padded(plan: Plan, HS: int, is_split: bool) -> int:
+    """Weights of a member with HS units, as kernels keep them."""
+    teams = (team_of(plan, programs(plan.H, HS), HS, is_split, is_backward) for is_backward in (False, True))
+    return max(team.HP * team.HS * team.GP for team in teams)
+
+
 def team_of(plan: Plan, K: int, HS: int, is_split: bool, is_backward: bool) -> Team:
     """A team of K members with HS units each."""
     width = K * HS
     if is_backward:
-        BK = min(128, power_of_two(width))
+        BK = min((32, 64, 128), key=lambda size: (programs(width, size) * size, -size))  # as forward's, below
         parts = len(plan.spans) if plan.has_hh_norm else 0
         values = 2 * (plan.has_c_norm + parts * (3 if plan.has_c_norm else 1))
         VP = values
