@@ -36,13 +36,9 @@ class Team(NamedTuple):
     BP: int  # columns of h of a member: HS, or of a team of one, P as a block
     is_split: bool  # float32 operands of a product are two float16 numbers each
     # Of a team of one, the rest is 0.
-    KP: int = 0  # K as a power of two
     GP: int = 0  # gates as a power of two
-    BK: int = (
-        0  # units of h to a product: forward, those that are waited for together; backward, those that get a gradient
-    )
+    BK: int = 0  # units of h to a product: forward, those that are waited for together; backward, that get a gradient
     HP: int = 0  # K · HS as a multiple of BK
-    values: int = 0  # numbers of a row that a step shares
     VP: int = 0  # the most that one exchange shares, as a power of two, at least 2
     words: int = 0  # of the boxes of one tag
     h_box: int = 0  # where the box of h, or of its gradient, begins among them

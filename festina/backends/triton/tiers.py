@@ -76,46 +76,41 @@ def tier_of(plan: Plan, B: int, directions: int, dtype: torch.dtype, device: Dev
     if steps_of_a_run < RUN_STEPS:
         return Tier("step", "lengths change too often for a launch each")
     GP = power_of_two(plan.G)
-    HS = next((units for units in (32, 16, 8) if _padded(plan, units, is_split) * size <= room), 0)
-    if not HS:
+    for HS in (32, 16, 8):
+        K = programs(plan.H, HS)
+        forward, backward = (team_of(plan, K, HS, is_split, is_backward) for is_backward in (False, True))
+        if max(forward.HP, backward.HP) * HS * GP * size <= room:
+            break
+    else:
         return Tier("step", f"the weights of 8 units, {GP * plan.H * 8 * size >> 10} KiB, do not fit on a processor")
-    K = programs(plan.H, HS)
     most = device.processors // (K * directions)
     blocks = programs(B, ROWS)
     if blocks > WAVES * most:
         return Tier("step", f"{blocks} blocks of rows for teams of {K} do not fit {device.processors} processors")
-    forward, backward = (team_of(plan, K, HS, is_split, is_backward) for is_backward in (False, True))
     why = f"{K} programs of {HS} units share the weights"
     return Tier(f"team of {K}", why, forward, backward, teams=min(blocks, most))
-
-
-def _padded(plan: Plan, HS: int, is_split: bool) -> int:
-    """Weights of a member with HS units, as kernels keep them."""
-    teams = (team_of(plan, programs(plan.H, HS), HS, is_split, is_backward) for is_backward in (False, True))
-    return max(team.HP * team.HS * team.GP for team in teams)
 
 
 def team_of(plan: Plan, K: int, HS: int, is_split: bool, is_backward: bool) -> Team:
     """A team of K members with HS units each."""
     width = K * HS
     if is_backward:
-        BK = min((32, 64, 128), key=lambda size: (programs(width, size) * size, -size))  # as forward's, below
+        most = 128
         parts = len(plan.spans) if plan.has_hh_norm else 0
         values = 2 * (plan.has_c_norm + parts * (3 if plan.has_c_norm else 1))
-        VP = values
+        VP = max(2, power_of_two(values))
     else:
         most = max(32, WORDS // ROWS * (1 if is_split else 2))
-        sizes = [size for size in (32, 64, 128, 256, 512, 1024, 2048) if size <= most]
-        BK = min(
-            sizes, key=lambda size: (programs(width, size) * size, -size)
-        )  # little beyond the last unit, few waits
         values = 2 * plan.statistics
-        VP = 0  # as each norm needs
+        VP = 2  # not used: each norm needs its own
+    sizes = [size for size in (32, 64, 128, 256, 512) if size <= most]
+    BK = min(
+        sizes, key=lambda size: (programs(width, size) * size, -size)
+    )  # little beyond the last unit, then few parts
     HP = programs(width, BK) * BK
     h_box = -(-values * ROWS * K // int(BLOCK)) * int(BLOCK)
     h_words = ROWS * (width * K if is_backward else HP if is_split else HP // 2)
     return Team(
         K, ROWS, HS, HS, is_split,
-        KP=power_of_two(K), GP=power_of_two(plan.G), BK=BK, HP=HP, values=values,
-        VP=max(2, power_of_two(VP)) if VP else 2, words=h_box + h_words, h_box=h_box,
+        GP=power_of_two(plan.G), BK=BK, HP=HP, VP=VP, words=h_box + h_words, h_box=h_box,
     )  # fmt: skip
