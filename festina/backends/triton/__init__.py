@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -49,35 +52,26 @@ class Triton:
                 return (
                     f"{case.dtype} needs compute capability {least / 10}, and {case.device} has {gpu.capability / 10}"
                 )
-        from festina.backends.triton import cells  # noqa: PLC0415  triton is optional, and slow to import
-
-        return missing_kernel(case.layer, cells.CELLS)
+        return missing_kernel(case.layer, _module("cells").CELLS)
 
     def way(self, case: Case, H: int, P: int, B: int, sizes: tuple[int, ...] | int) -> str:
         """The tier that takes the steps of a call, and why; see `backends.Describer`."""
-        from festina.backends.triton import setup  # noqa: PLC0415  triton is optional
-
-        tier = setup.made(case.layer, case.dtype, case.device, H, P, B, sizes).tier
+        tier = _module("setup").made(case.layer, case.dtype, case.device, H, P, B, sizes).tier
         return f"{tier.name}, {tier.why}"
 
     def forward(self, call: Call) -> Outputs:
-        from festina.backends.triton import recurrence  # noqa: PLC0415  triton is optional
-
-        return recurrence.forward(call)
+        outputs: Outputs = _module("recurrence").forward(call)
+        return outputs
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
-        from festina.backends.triton import recurrence  # noqa: PLC0415  triton is optional
-
         saved = self.saved_like(call)
-        return recurrence.forward(call, *_c_and_statistics(call, saved)), saved
+        return _module("recurrence").forward(call, *_c_and_statistics(call, saved)), saved
 
     def saved_like(self, call: Call) -> list[Tensor]:
         """c after every step, and room for the statistics of every norm, which a team keeps."""
-        from festina.backends.triton import setup  # noqa: PLC0415  triton is optional
-
         D, N, empty = call.layer.directions, call.input.shape[0], call.input.new_empty
         saved = [] if call.c_0 is None else [empty((D, N, call.c_0.shape[2]), dtype=torch.float32)]
-        statistics = setup.statistics_kept(call)
+        statistics = _module("setup").statistics_kept(call)
         if statistics:
             saved.append(empty((D, N, 2 * statistics), dtype=torch.float32))
         return saved
@@ -90,9 +84,18 @@ class Triton:
         d_outputs: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> list[Tensor | None]:
-        from festina.backends.triton import recurrence  # noqa: PLC0415  triton is optional
+        kept = _c_and_statistics(call, saved)
+        gradients: list[Tensor | None] = _module("recurrence").backward(call, outputs[0], *kept, d_outputs, wanted)
+        return gradients
 
-        return recurrence.backward(call, outputs[0], *_c_and_statistics(call, saved), d_outputs, wanted)
+
+@cache
+def _module(name: str) -> ModuleType:
+    """A module of this package, which imports Triton: it is optional, and slow to import.
+
+    Kept, as an import statement in a function takes a microsecond each time.
+    """
+    return import_module(f"{__name__}.{name}")
 
 
 def _c_and_statistics(call: Call, saved: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:

@@ -52,9 +52,10 @@ def programs(rows: int, program_rows: int) -> int:
 class Compiled:
     """A compiled kernel, and how to start it without asking again what its arguments are."""
 
-    __slots__ = ("constants", "function", "metadata", "run")
+    __slots__ = ("constants", "function", "kernel", "metadata", "run")
 
     def __init__(self, kernel: Any, arguments: Sequence[object]) -> None:
+        self.kernel = kernel  # without it, Triton may unload the function
         self.run, self.function, self.metadata = kernel.run, kernel.function, kernel.packed_metadata
         self.constants = [value for value in arguments if isinstance(value, Plan)]  # as long as its `id` is a key
 
@@ -77,9 +78,18 @@ def pattern(values: Sequence[Any]) -> tuple[object, ...]:
     """What a kernel is compiled for, apart from constants: which tensors there are, their dtypes, whether their addresses
     are multiples of 16, and on AMD whether 31 bits reach all of their bytes. A number counts by its type: a rate is known at
     run time only."""
-    found: list[object] = [
-        None if v is None else float if v.__class__ is float else (v.dtype, v.data_ptr() % 16 == 0) for v in values
-    ]
+    found: list[object] = []
+    every_address = 0
+    for v in values:
+        if v is None:
+            found.append(None)
+        elif v.__class__ is float:
+            found.append(float)
+        else:
+            found.append(v.dtype)
+            every_address |= v.data_ptr()
+    if every_address % 16:
+        found += [isinstance(v, Tensor) and v.data_ptr() % 16 == 0 for v in values]
     if torch.version.hip:
         found += [isinstance(v, Tensor) and v.untyped_storage().nbytes() <= LARGEST for v in values]
     return tuple(found)

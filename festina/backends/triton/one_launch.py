@@ -24,7 +24,6 @@ from festina.backends.triton.norm import store_statistics
 from festina.backends.triton.product import (
     h_0_factors,
     load_hh,
-    load_hh_backward,
     load_matrix,
     load_member_hh,
     load_member_hh_backward,
@@ -132,7 +131,7 @@ def forward_steps(
     HS: tl.constexpr = plan.team.HS
     BP: tl.constexpr = plan.team.BP
     col, col_p = member * HS + tl.arange(0, HS), member * BP + tl.arange(0, BP)
-    hh = load_hh(w.hh, col, col_p, plan) if K == 1 else load_member_hh(w.hh, member, plan)
+    hh = load_hh(w.hh, col_p, col, plan.P, plan.H, 1, plan.P, plan) if K == 1 else load_member_hh(w.hh, member, plan)
     hr = (
         (right(load_matrix(w.hr, col, col_p, plan.H, plan.P, 1, plan.H), plan.team.is_split),)
         if plan.is_projected
@@ -242,7 +241,11 @@ def backward_steps(
     HS: tl.constexpr = plan.team.HS
     BP: tl.constexpr = plan.team.BP
     col, col_p = member * HS + tl.arange(0, HS), member * BP + tl.arange(0, BP)
-    hh = load_hh_backward(w.hh, col, col_p, plan) if K == 1 else load_member_hh_backward(w.hh, member, plan)
+    hh = (
+        load_hh(w.hh, col, col_p, plan.H, plan.P, plan.P, 1, plan)
+        if K == 1
+        else load_member_hh_backward(w.hh, member, plan)
+    )
     hr = (
         (right(load_matrix(w.hr, col_p, col, plan.P, plan.H, plan.H, 1), plan.team.is_split),)
         if plan.is_projected

@@ -87,13 +87,16 @@ def load_matrix(ptr, row, col, rows, cols, row_stride: tl.constexpr, col_stride:
 
 
 @triton.jit
-def load_hh(hh, col, col_p, plan: tl.constexpr):
-    """W_hh, a tile for each gate, to multiply h; of a diagonal cell, nothing."""
+def load_hh(
+    hh, row, col, rows, cols, row_stride: tl.constexpr, col_stride: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    """W_hh as a right operand, a tile for each gate: of `load_matrix`, whose arguments say which way; of a diagonal cell,
+    nothing."""
     G: tl.constexpr = plan.G
     tiles = ()
     if not plan.is_diagonal:
         for g in tl.static_range(G):
-            part = load_matrix(hh + g * plan.H * plan.P, col_p, col, plan.P, plan.H, 1, plan.P)
+            part = load_matrix(hh + g * plan.H * plan.P, row, col, rows, cols, row_stride, col_stride)
             tiles += (right(part, plan.team.is_split),)
     return tiles
 
@@ -113,18 +116,6 @@ def recurrent_product(h, up, down, hh, tiles, col, plan: tl.constexpr):
         for g in tl.static_range(G):
             p += (product(a, tiles[g], tl.zeros((BM, HS), tl.float32), is_split) * up,)
         return p
-
-
-@triton.jit
-def load_hh_backward(hh, col, col_p, plan: tl.constexpr):
-    """W_hh, a tile for each gate, to multiply the gradients of the gates; of a diagonal cell, nothing."""
-    G: tl.constexpr = plan.G
-    tiles = ()
-    if not plan.is_diagonal:
-        for g in tl.static_range(G):
-            part = load_matrix(hh + g * plan.H * plan.P, col, col_p, plan.H, plan.P, plan.P, 1)
-            tiles += (right(part, plan.team.is_split),)
-    return tiles
 
 
 @triton.jit

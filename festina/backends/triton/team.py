@@ -23,6 +23,9 @@ import triton.language as tl
 LIMIT: tl.constexpr = tl.constexpr(1 << 24)
 """Tries, each of a microsecond or so, before a member gives up."""
 
+GAVE_UP: tl.constexpr = tl.constexpr(1 << 16)
+"""What a member writes down that gave up: more than words can be missing."""
+
 BLOCK: tl.constexpr = tl.constexpr(16)
 """Members whose numbers make one tile, in `share`."""
 
@@ -52,7 +55,7 @@ class Exchange(NamedTuple):
     """One step's exchanges, as one member sees them."""
 
     box: Any  # int64: the boxes of this tag
-    gave_up: Any  # int64: not 0 once a member has given up
+    gave_up: Any  # int64: GAVE_UP once a member has given up
     member: Any
     tag: Any  # int32
 
@@ -82,14 +85,14 @@ def missing(words, exchange):
 
 
 @triton.jit
-def load_words(ptr, at, index, step: tl.constexpr, end: tl.constexpr, count: tl.constexpr, exchange):
-    """The words of `wait`, and whether one of them is missing."""
+def load_words(ptr, at, index, step: tl.constexpr, end: tl.constexpr, count: tl.constexpr, gave_up, exchange):
+    """The words of `wait`, and a number: 0 if all are there, `GAVE_UP` or more if some thread has read that in `gave_up`."""
     absent = tl.cast(exchange.tag, tl.int64) << 32
     words = ()
     for b in tl.static_range(count):
         mask = (at >= 0) & (index + b * step < end)
         words += (tl.load(ptr + at + b * step, mask=mask, other=absent, volatile=True),)
-    late = missing(words[0], exchange)
+    late = missing(words[0], exchange) + gave_up
     for b in tl.static_range(1, count):
         late += missing(words[b], exchange)
     return words, tl.max(late)
@@ -103,14 +106,14 @@ def wait(ptr, at, index, step: tl.constexpr, end: tl.constexpr, count: tl.conste
     there is none. `index`, which grows by `step` from tile to tile, is below `end` where a word exists; elsewhere the value
     is 0.
     """
-    words, late = load_words(ptr, at, index, step, end, count, exchange)
-    tries, gave_up = 0, tl.cast(0, tl.int64)
-    while (late > 0) & (gave_up == 0) & (tries < LIMIT):
-        words, late = load_words(ptr, at, index, step, end, count, exchange)
-        gave_up = tl.load(exchange.gave_up, volatile=True)
+    words, late = load_words(ptr, at, index, step, end, count, 0, exchange)
+    tries = 0
+    while (late > 0) & (late < GAVE_UP) & (tries < LIMIT):  # which all threads answer alike
+        gave_up = tl.load(exchange.gave_up, volatile=True).to(tl.int32)
+        words, late = load_words(ptr, at, index, step, end, count, gave_up, exchange)
         tries += 1
     if late > 0:
-        tl.store(exchange.gave_up, 1)
+        tl.store(exchange.gave_up, GAVE_UP)
     values = ()
     for b in tl.static_range(count):  # NaN in float32 and in both 16-bit types, if the others are late for good
         values += (tl.where(late > 0, 0x7FFF7FFF, words[b].to(tl.int32)),)
