@@ -20,7 +20,7 @@ from torch._C._autograd import _profiler_enabled
 from festina import backends
 from festina.backends.eager import gradients
 from festina.call import Call, Outputs
-from festina.checks import check_call
+from festina.checks import check_call, check_tensors
 from festina.sequences import sort_rows
 from festina.spec import LayerSpec
 
@@ -168,18 +168,32 @@ def _shapes(call: Call) -> tuple[Tensor, list[Tensor]]:
     return output, [torch.empty_like(state, memory_format=torch.contiguous_format) for state in call.state]
 
 
+def _shapeless(*args: Any) -> tuple[backends.Backend, Call]:
+    """The backend and the call of which only shapes are asked for.
+
+    PyTorch comes here also with numbers, if one tensor of a call is on meta: then outputs would hold what was in memory.
+    """
+    backend, call = _parse(*args)
+    if type(call.input) in _PLAIN and not call.input.is_meta:
+        named = {name: getattr(call, name) for name in ("batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask")}
+        stray = next((name for name, tensor in named.items() if tensor is not None and tensor.is_meta), "one of its tensors")
+        check_tensors(call, call.tensors())
+        raise ValueError(f"all tensors of a call must hold numbers, as the input on {call.input.device}; {stray} is on meta")
+    return backend, call
+
+
 def _recurrence_fake(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    return _shapes(_parse(*args)[1])
+    return _shapes(_shapeless(*args)[1])
 
 
 def _recurrence_train_fake(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    backend, call = _parse(*args)
+    backend, call = _shapeless(*args)
     return (*_shapes(call), backend.saved_like(call))
 
 
 def _recurrence_backward_fake(*args: Any) -> list[Tensor]:
     *call_args, _output, _state_n, _saved, _d_output, _d_h_n, _d_c_n, wanted = args
-    call = _parse(*call_args)[1]
+    call = _shapeless(*call_args)[1]
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else call.input.new_empty(0)
         for tensor, want in zip(call.tensors(), wanted, strict=True)

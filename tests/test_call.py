@@ -219,6 +219,20 @@ def test_right_calls_pass_by_every_way(case: Case, backend: str) -> None:
             way(call)
 
 
+@pytest.mark.parametrize("way", [operator, train_operator, profiled])
+@pytest.mark.parametrize("name", ["h_0", "c_0", "weight_hh", "batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask"])
+def test_one_tensor_without_numbers_is_refused(name: str, way: Callable[[Call], None]) -> None:
+    """The dispatcher takes the whole call for one on meta, whose outputs would be what lay in memory."""
+    call = build(LSTM)
+    if name in call.layer.parameter_names:
+        index = call.layer.parameter_names.index(name)
+        call.parameters = tuple(p.to("meta") if i == index else p for i, p in enumerate(call.parameters))
+    else:
+        setattr(call, name, getattr(call, name).to("meta"))
+    with pytest.raises(ValueError, match=f"{name}.* on meta"):
+        way(call)
+
+
 def test_batch_sizes_may_begin_below_b() -> None:
     call = build(FULL)
     call.batch_sizes, call.input = sizes(2, 1), call.input[:3]
