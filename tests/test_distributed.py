@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,8 @@ def refused(load: Any) -> str:
     return ""
 
 
-def work(rank: int, folder: str) -> None:
-    """What each process does; what it found goes to a file."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+def tried(rank: int, folder: str) -> dict[str, Any]:
+    """What a process finds."""
     found: dict[str, Any] = {}
 
     ddp = DistributedDataParallel(model())
@@ -105,8 +105,19 @@ def work(rank: int, folder: str) -> None:
     for name, plan in (("eps", norms.HASTE.with_eps(0.001)), ("place", norms.FASTRNNS)):
         wrong = sharded(model(norm=plan))
         found[f"refused {name}"] = refused(lambda wrong=wrong: set_model_state_dict(wrong, own))
+    return found
 
-    torch.save(found, f"{folder}/{rank}.pt")
+
+def work(rank: int, folder: str) -> None:
+    """What each process does; what it found goes to a file.
+
+    Modules hold on to the process group, and it must not outlive `destroy_process_group`: ended with the interpreter, its
+    threads may abort the process.
+    """
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    torch.save(tried(rank, folder), f"{folder}/{rank}.pt")
+    gc.collect()
+    dist.barrier()  # neither leaves while the other still waits for it
     dist.destroy_process_group()
 
 
