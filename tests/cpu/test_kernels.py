@@ -50,7 +50,9 @@ def test_backward_in_several_stretches(case, threads, use_threads):
 
 
 BY_ISA_SCRIPT = """
+import statistics
 import sys
+from dataclasses import replace
 sys.path[:0] = ["tests", "tests/cpu"]
 import torch
 from on_core import differs, errors
@@ -66,9 +68,9 @@ for threads in (1, 3):
     plans.threads_for = lambda *_: threads
     plans.make_plan.cache_clear()
     for case in BFLOAT16:
-        ours, eagers, name = errors(case)
-        limit = TIMES_EAGER[isa in PAIRED] * eagers
-        assert ours <= limit, f"{case}, {threads} threads: {name}: {ours:.2e}, eager: {eagers:.2e}"
+        found = [errors(replace(case, seed=seed))[:2] for seed in range(3)]
+        ratio = statistics.median(ours / eagers for ours, eagers in found)
+        assert ratio <= TIMES_EAGER[isa in PAIRED], f"{case}, {threads} threads: {ratio:.2f} times eager's error"
 """
 
 BY_ISA = [case for case in CASES if case.dtype == torch.float32][::17] + [
@@ -82,7 +84,7 @@ PAIRED = {"avx512bf16", "wide"}
 
 
 TIMES_EAGER = {False: 1.5, True: 2}
-"""How far the error of bfloat16 may be from eager's: products of pairs round the centred weights once more."""
+"""How far the error of bfloat16 may be from eager's, in the median: products of pairs round the centred weights once more."""
 
 
 def agrees(isa: str, **environment: str) -> None:
@@ -145,6 +147,32 @@ def test_long_sums_are_exact(I):
     calls = [replace(case, seed=seed).build()[0] for seed in range(5)]
     found = statistics.mean(rms_ratio(CPU.forward(call)[0], reference.run(widened(call))[0]) for call in calls)
     assert found <= 3.8e-7
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("case", [SPLIT[1], SPLIT[3], SPLIT[6], SPLIT[9]], ids=str)
+def test_as_many_threads_give_the_same_bits(case, threads, use_threads):
+    """Whichever thread comes first: no sum depends on it."""
+    use_threads(threads)
+    call, cotangents = case.build()
+    want = evaluate(run, call, cotangents)
+    for _ in range(5):
+        found = evaluate(run, call, cotangents)
+        assert not [name for name in want if not torch.equal(found[name], want[name])]
+
+
+def test_other_threads_change_rounding_alone(use_threads):
+    """A norm's sums and those of gradients are cut by thread; the output of a plan without norms keeps its bits."""
+    for case in (*SPLIT, Case("gru", norms.NONE, T=5, B=3, I=9, H=130)):
+        call, cotangents = case.build()
+        found = []
+        for threads in (1, 2, 3):
+            use_threads(threads)
+            found.append(evaluate(run, call, cotangents))
+        for other in found[1:]:
+            assert worst(other, found[0])[0] <= TOLERANCES[torch.float32]
+            if case.plan.is_none:
+                assert torch.equal(other["output"], found[0]["output"]), case
 
 
 LOUD = norms.NormPlan("separate", "gate", "readout", eps=0.1, inner_bias=True)
