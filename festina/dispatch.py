@@ -28,8 +28,10 @@ def run(call: Call) -> Outputs:
 
     Raises:
         TypeError, ValueError: sizes, dtypes or devices do not agree (`festina.checks.check_call`).
-        festina.backends.BackendError: a backend was forced that cannot run this call.
+        festina.backends.BackendError: a backend was forced that cannot run this call, or a variable of docs/environment.md
+            asks for what cannot be had.
     """
+    force = backends.forced()
     tensors = call.tensors()
     low = float32_becomes(call.input.device.type)
     if low != torch.float32:
@@ -41,11 +43,11 @@ def run(call: Call) -> Outputs:
         if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
             return export.run(call)
         if not _are_functorch_transforms_active():
-            return ops.recurrence(call, backends.forced())
+            return ops.recurrence(call, force)
         check_call(call, tensors)
         return reference.run(call)
     check_call(call, tensors)
-    backend = backends.choose(call, backends.forced())
+    backend = backends.choose(call, force)
     return ops.record(backend, call, tensors) if ops.is_recorded(tensors) else backend.forward(call)
 
 

@@ -1,9 +1,11 @@
-"""The tests named in docs/compatibility.md exist."""
+"""The tests named in docs/compatibility.md exist; docs/environment.md is the table of the variables that are read."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+from festina.environment import VARIABLES
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,3 +19,17 @@ def test_the_tests_that_the_table_names_exist() -> None:
     assert len(named) > 25
     missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
     assert not missing
+
+
+def test_the_table_of_environment_variables_is_the_list_that_is_read() -> None:
+    page = (ROOT / "docs" / "environment.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{v.name}` | {v.meaning} | {v.default} | {v.check} |" for v in VARIABLES]
+
+
+def test_one_module_alone_reads_festinas_environment_variables() -> None:
+    named = re.compile(r"environ\b.*FESTINA_|getenv\(.FESTINA_")
+    readers = {path.name for path in (ROOT / "festina").rglob("*.py") if named.search(path.read_text())}
+    assert readers <= {"environment.py"}
+    read = {name for path in (ROOT / "csrc").rglob("*.cc") for name in re.findall(r'getenv\("(\w+)"', path.read_text())}
+    assert read <= {v.name for v in VARIABLES}

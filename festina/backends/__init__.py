@@ -6,7 +6,6 @@ back in silence.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -16,15 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from festina import environment
 from festina.backends.cpu import CPU
 from festina.backends.eager import EAGER
+from festina.backends.support import BackendError as BackendError
 from festina.backends.triton import TRITON
 from festina.call import Call, Case, Outputs, float32_becomes
 from festina.spec import LayerSpec
-
-
-class BackendError(RuntimeError):
-    """A backend was forced that is unknown or cannot run the case."""
 
 
 class Backend(Protocol):
@@ -33,7 +30,11 @@ class Backend(Protocol):
     name: str
 
     def can_run(self, case: Case) -> str | None:
-        """None, or the reason why not, as a phrase."""
+        """None, or the reason why not, as a phrase.
+
+        Raises:
+            BackendError: the environment asks for what this backend cannot give, so that no other may take the case.
+        """
 
     def forward(self, call: Call) -> Outputs:
         """The outputs, in inference: nothing is saved."""
@@ -101,11 +102,10 @@ ON_REQUEST: dict[str, str] = (
 )
 """Backends that run only where they are forced, each with the reason."""
 
-_forced = os.environ.get("FESTINA_BACKEND", "")
-
-
 _LISTED: tuple[Backend, ...] = (TRITON, CPU, EAGER)
 _REGISTRY = {backend.name: backend for backend in _LISTED}
+
+_forced = environment.BACKEND.choice()
 
 
 def registry() -> dict[str, Backend]:
@@ -146,13 +146,27 @@ def isa(name: str) -> str | None:
 def reasons(case: Case, force: str = "") -> list[tuple[str, str | None]]:
     """Each backend, best first, with None or the reason why it is not taken for the case; the first None wins.
 
+    A choice that the environment forces on a backend, and that cannot be had, is the reason of those after it too.
+
     Raises:
         BackendError: `force` is unknown.
     """
     if force:
-        forced = get(force)
-        return [(name, forced.can_run(case) if name == force else f"{force} was asked for") for name in registry()]
-    return [(name, backend.can_run(case) or ON_REQUEST.get(name)) for name, backend in registry().items()]
+        get(force)
+    found: list[tuple[str, str | None]] = []
+    unmet = None
+    for name, backend in registry().items():
+        if force not in ("", name):
+            reason: str | None = f"{force} was asked for"
+        elif unmet is not None:
+            reason = unmet
+        else:
+            try:
+                reason = backend.can_run(case) or (None if force else ON_REQUEST.get(name))
+            except BackendError as error:
+                reason = unmet = str(error)
+        found.append((name, reason))
+    return found
 
 
 @lru_cache(maxsize=4096)
@@ -160,12 +174,15 @@ def select(case: Case, force: str = "") -> str:
     """The name of the backend that runs the case: the first that can, or `force` if it can.
 
     Raises:
-        BackendError: `force` is unknown or cannot run the case.
+        BackendError: `force` is unknown or cannot run the case, or the environment asks for what cannot be had.
     """
     found = reasons(case, force)
     if force and (reason := dict(found)[force]) is not None:
         raise BackendError(f"backend {force!r} was asked for but cannot run this case: {reason}")
-    return next(name for name, reason in found if reason is None)
+    for name, reason in found:
+        if reason is None:
+            return name
+    raise BackendError(found[-1][1])  # the last one runs every case, so that only a forced choice stands in its way
 
 
 @lru_cache(maxsize=4096)
@@ -183,7 +200,15 @@ def choose(call: Call, force: str = "") -> Backend:
 
 
 def forced() -> str:
-    """The backend that `use` or `FESTINA_BACKEND` forces, or "" where the best one that can run a case is taken."""
+    """The backend that `use` or `FESTINA_BACKEND` forces, or "" where the best one that can run a case is taken.
+
+    Raises:
+        BackendError: `FESTINA_BACKEND` names no backend.
+    """
+    if _forced and _forced not in _REGISTRY:
+        raise BackendError(
+            f"{environment.BACKEND.name} is {_forced!r}, but there are {', '.join(_REGISTRY)}; name one or unset it"
+        )
     return _forced
 
 
@@ -212,8 +237,8 @@ def explain(layer: HasSpec, input: Tensor | PackedSequence) -> list[tuple[str, s
     """Each backend with None if it runs `layer` on `input`, else with the reason why not; the first None is chosen.
 
     The one that is chosen may say more of itself behind its name: `("triton: team of 8, ...", None)`. The answer holds
-    where this is called: inside `use`, under `FESTINA_BACKEND`, under autocast. A forced backend that cannot run the case
-    leaves no None, and the layer raises.
+    where this is called: inside `use`, under `FESTINA_BACKEND`, under autocast. A forced backend that cannot run the case,
+    or a variable that asks for what cannot be had (docs/environment.md), leaves no None, and the layer raises.
 
     Raises:
         TypeError: `layer` is none of Festina's layers and cells.

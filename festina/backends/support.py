@@ -7,6 +7,10 @@ from collections.abc import Collection
 from festina.spec import LayerSpec
 
 
+class BackendError(RuntimeError):
+    """A choice was forced, of a backend or of a part of one, that is unknown or cannot be had for the call."""
+
+
 def missing_kernel(layer: LayerSpec, steps: Collection[str]) -> str | None:
     """Why a backend without kernels for the rarest plans refuses a layer, as `can_run` says it; None if it need not.
 

@@ -1,4 +1,4 @@
-"""Show versions, devices, threads, and which backends can run here and why the others cannot."""
+"""Show versions, devices, threads, environment variables, and which backends can run here and why the others cannot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import festina
-from festina import backends
+from festina import backends, environment
 from festina.call import Case
 
 
@@ -55,6 +55,15 @@ def backend_states() -> list[dict[str, Any]]:
     return states
 
 
+def refusal() -> str | None:
+    """What every call raises, because of `FESTINA_BACKEND`; what other variables do stands beside the backends."""
+    try:
+        backends.forced()
+    except backends.BackendError as error:
+        return str(error)
+    return None
+
+
 def gather() -> dict[str, Any]:
     """Everything that `festina info` prints."""
     return {
@@ -65,7 +74,9 @@ def gather() -> dict[str, Any]:
         "devices": devices(),
         "threads": {"used": torch.get_num_threads(), "cores": os.cpu_count()},
         "backends": backend_states(),
-        "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("FESTINA_")},
+        "environment": {variable.name: variable.value() for variable in environment.VARIABLES},
+        "unknown": environment.unknown(),
+        "refusal": refusal(),
     }
 
 
@@ -74,7 +85,10 @@ def as_text(facts: dict[str, Any]) -> str:
     rows = [(key, str(facts[key])) for key in ("festina", "torch", "python", "platform")]
     rows += [(found["device"], found["name"]) for found in facts["devices"]]
     rows.append(("threads", f"{facts['threads']['used']} of {facts['threads']['cores']} cores"))
-    rows += [(key, value) for key, value in facts["environment"].items()]
+    rows += [(key, "not set" if value is None else value) for key, value in facts["environment"].items()]
+    rows += [(name, "festina reads no variable of this name") for name in facts["unknown"]]
+    if facts["refusal"]:
+        rows.append(("every call raises", facts["refusal"]))
     width = max(len(key) for key, _ in rows) + 2
     lines = [f"{key:<{width}}{value}" for key, value in rows]
 

@@ -13,7 +13,7 @@ from festina.backends.cpu import abi
 from festina.backends.cpu.memory import POOL
 from festina.backends.cpu.plans import bind, carry_out, give, make_plan, operands, plan_for, saved_bytes, short, take
 from festina.backends.cpu.weights import PanelCache, Panels, Ready, marks_of, prepare
-from festina.backends.support import missing_kernel
+from festina.backends.support import BackendError, missing_kernel
 from festina.call import Call, Case, Outputs
 from festina.spec import LayerSpec
 
@@ -38,9 +38,12 @@ class Cpu:
     def can_run(self, case: Case) -> str | None:
         if case.device.type != "cpu":
             return f"it runs on cpu only, and the input is on {case.device.type}"
-        core, reason = abi.library().core, abi.library().reason
+        library = abi.library()
+        core = library.core
         if core is None:
-            return reason
+            if library.is_forced:
+                raise BackendError(library.reason)
+            return library.reason
         known, layer = core.layout, case.layer
         if short(case.dtype) not in known.values["type"]:
             return f"it has no {short(case.dtype)}; use {', '.join(known.values['type'])}"

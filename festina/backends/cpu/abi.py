@@ -7,7 +7,6 @@ enums, parameters and kernels are read from there, and no list of them stands he
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch  # noqa: F401  its OpenMP must be in the process before the core asks for one, so that they share it
+
+from festina import environment
 
 VERSION = 5
 LIBRARY = "libfestina_core.so"
@@ -155,44 +156,66 @@ class Core:
 
 @dataclass(frozen=True)
 class Library:
-    """The loaded core, or the reason why there is none."""
+    """The loaded core, or the reason why there is none.
+
+    Args:
+        is_forced: the environment asks for a core that cannot be had, so that no other backend may stand in for it.
+    """
 
     core: Core | None
     reason: str | None
+    is_forced: bool = False
 
 
 @lru_cache(maxsize=1)
 def library() -> Library:
     """The core: the file that `FESTINA_CORE` names, else the one beside this package."""
-    named = os.environ.get("FESTINA_CORE")
+    _, wrong = environment.pool_limit()
+    if wrong:
+        return Library(None, wrong, is_forced=True)
+    try:
+        return Library(_load(), None)
+    except OSError as error:
+        reason = str(error)
+    forced = [f"{choice.name}={choice.choice()}" for choice in (environment.CORE, environment.ISA) if choice.choice()]
+    if forced:
+        reason = f"{' and '.join(forced)} cannot be had: {reason}"
+    return Library(None, reason, is_forced=bool(forced))
+
+
+def _load() -> Core:
+    """The core.
+
+    Raises:
+        OSError: there is none that can be used, and why.
+    """
+    named = environment.CORE.choice()
     # An editable install keeps compiled files in a folder of its own, which is on the package's path too.
     folders = [named] if named else [str(resources.files("festina")), *sys.modules["festina"].__path__]
     places = [Path(folder) / LIBRARY if Path(folder).is_dir() else Path(folder) for folder in folders]
     path = next((place for place in places if place.is_file()), None)
+    advice = "name another file or unset FESTINA_CORE" if named else "reinstall festina"
     if path is None:
-        reason = f"the compiled core is missing: there is no {places[0]}; install festina with a C++17 compiler"
-        return Library(None, reason)
+        if named:
+            raise OSError(f"there is no {places[0]}; {advice}")
+        raise OSError(f"the compiled core is missing: there is no {places[0]}; install festina with a C++17 compiler")
     try:
         functions = ctypes.CDLL(str(path))
         declare(functions)
     except OSError as error:
-        return Library(None, f"the compiled core cannot be loaded: {error}")
+        raise OSError(f"the compiled core cannot be loaded: {error}; {advice}") from error
     except AttributeError as error:
-        return Library(None, f"the compiled core is of another version than this package: {error}; reinstall festina")
-    if functions.festina_version() != VERSION:
-        return Library(
-            None,
-            f"the compiled core is of version {functions.festina_version()}, this package of {VERSION}; reinstall festina",
-        )
+        raise OSError(f"the compiled core is of another version than this package: {error}; {advice}") from error
+    if (version := functions.festina_version()) != VERSION:
+        raise OSError(f"the compiled core is of version {version}, this package of {VERSION}; {advice}")
     try:
         layout = read_layout(functions.festina_layout().decode())
     except (KeyError, IndexError, ValueError) as error:
-        return Library(
-            None, f"the compiled core describes itself in a way not understood: {error!r}; reinstall festina"
-        )
+        raise OSError(f"the compiled core describes itself in a way not understood: {error!r}; {advice}") from error
     if functions.festina_isa() is None:
-        return Library(None, functions.festina_error().decode())
-    return Library(Core(functions, layout), None)
+        runnable = functions.festina_isas(1).decode().replace(" ", ", ")
+        raise OSError(f"of the core's instruction sets this CPU runs {runnable}; name one of them or unset FESTINA_ISA")
+    return Core(functions, layout)
 
 
 def declare(functions: ctypes.CDLL) -> None:

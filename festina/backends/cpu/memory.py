@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from festina import environment
 from festina.backends.cpu import abi
 
-DEFAULT_MB = 512
 ALIGNMENT = 4096
 SMALL = 64 << 10
 """Bytes of a tensor that torch's own allocator serves faster: it finds memory that has been touched before."""
@@ -138,5 +138,5 @@ def _lease_type(size: int) -> Any:
     return type("Lease", (ctypes.c_char * size,), {"__del__": _give_back})
 
 
-POOL = Pool(int(float(os.environ.get("FESTINA_POOL_MB", DEFAULT_MB)) * 2**20))
+POOL = Pool(environment.pool_limit()[0])  # a wrong value ends in `abi.library`, before anything is taken
 os.register_at_fork(after_in_child=POOL.forget)
