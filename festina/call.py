@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from festina.spec import LayerSpec
 
@@ -38,6 +39,8 @@ class Call:
         zoneout_cell_mask: `[D, N, H]` bool: True keeps the old c; None for the expectation at rate `zoneout_cell`.
         zoneout: rate of Zoneout on h; used only without a mask.
         zoneout_cell: rate of Zoneout on c; used only without a mask.
+        owner: the module that makes the call. A backend may keep what it derives from the module's parameters as long as
+            the module lives; None keeps nothing beyond the tensors themselves.
     """
 
     layer: LayerSpec
@@ -52,6 +55,7 @@ class Call:
     zoneout_cell_mask: Tensor | None = None
     zoneout: float = 0.0
     zoneout_cell: float = 0.0
+    owner: Module | None = None
 
     @property
     def state(self) -> list[Tensor]:
@@ -63,10 +67,10 @@ class Call:
         return [self.input, *self.state, *self.parameters]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Call:
-        """The same call on other `tensors()`."""
+        """The same call on other `tensors()`, which no module owns."""
         input, h_0, *rest = tensors
         c_0 = None if self.c_0 is None else rest.pop(0)
-        return replace(self, input=input, h_0=h_0, c_0=c_0, parameters=tuple(rest))
+        return replace(self, input=input, h_0=h_0, c_0=c_0, parameters=tuple(rest), owner=None)
 
     def sizes(self) -> list[int]:
         """The number of active rows of each step."""

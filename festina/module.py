@@ -161,6 +161,7 @@ class RecurrentBase(nn.Module):
             zoneout_cell_mask=zoneout_cell_mask,
             zoneout=self.zoneout,
             zoneout_cell=self.zoneout_cell,
+            owner=self,
         )
 
     def _mask(self, rate: float, steps: Tensor, width: int) -> Tensor:

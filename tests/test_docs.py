@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_tests_that_the_table_names_exist() -> None:
     table = (ROOT / "docs" / "compatibility.md").read_text()
     named, file = [], ""
-    for found in re.finditer(r"`(\w+\.py)?::(\w+)`", table):
+    for found in re.finditer(r"`([\w/]+\.py)?::(\w+)`", table):
         file = found[1] or file
         named.append((file, found[2]))
     assert len(named) > 25

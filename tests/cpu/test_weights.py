@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
+import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -263,3 +266,180 @@ def test_steps_that_are_ready_hold_little_memory():
     ]
     CPU.release_memory()
     assert not ready()
+
+
+# What becomes of a module after it has been called: its panels must not outlive what they were filled from.
+
+
+def recurrent(module):
+    """The name of its recurrent weight."""
+    return next(name for name in ("weight_hh", "weight_hh_l0") if hasattr(module, name))
+
+
+def bias_of(module):
+    """Its recurrent bias, which no change below replaces by something computed."""
+    return module.bias_hh if isinstance(module, festina.LSTMCell) else module.bias_hh_l0
+
+
+def altered(weight):
+    """The weight with one value changed, which a fingerprint of a few values hardly sees."""
+    other = weight.detach().clone()
+    other[3, 5] += 5
+    return other
+
+
+def swapping(work, *args):
+    """`work` where modules exchange the contents of their parameters instead of their `data`."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        work(*args)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def convert_and_back(module):
+    swapping(module.double)
+    swapping(module.float)
+
+
+def load(module, assign=False):
+    name = recurrent(module)
+    module.load_state_dict({**module.state_dict(), name: altered(getattr(module, name))}, assign=assign)
+
+
+def load_by_swapping_twice(module):
+    """The second time the memory of the first weights is free again, at the same version."""
+    swapping(load, module)
+    swapping(load, module)
+
+
+def rewrap_and_write(module):
+    """Another parameter on the same memory, with the id of the old one if that is free, and with its version after a write."""
+    name = recurrent(module)
+    data, version, former = getattr(module, name).data, getattr(module, name)._version, id(getattr(module, name))
+    delattr(module, name)
+    tried = []
+    while not tried or (id(tried[-1]) != former and len(tried) < 100):
+        tried.append(torch.nn.Parameter(data))
+    setattr(module, name, tried[-1])
+    with torch.no_grad():
+        while tried[-1]._version < version:
+            tried[-1][3, 5].add_(5)
+
+
+def swap_out_and_in(module):
+    """The same parameter at the same address and version, as when memory is used again; the values are others."""
+    name = recurrent(module)
+    buffer = bytearray(getattr(module, name).detach().numpy().tobytes())
+
+    def of_buffer():
+        return torch.nn.Parameter(torch.frombuffer(buffer, dtype=torch.float32).view(-1, module.hidden_size))
+
+    setattr(module, name, of_buffer())
+    assert_as_on_eager(module)
+    weight = getattr(module, name)
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(altered(weight)))
+    of_buffer().detach()[3, 5] += 5
+    torch.utils.swap_tensors(weight, of_buffer())
+
+
+def swap_tensors(module):
+    weight = getattr(module, recurrent(module))
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(altered(weight)))
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrize(module):
+    torch.nn.utils.parametrize.register_parametrization(module, recurrent(module), Doubled())
+
+
+CHANGES = {
+    "double": lambda module: module.double(),
+    "double, swapping": lambda module: swapping(module.double),
+    "double and back, swapping": convert_and_back,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "share_memory": lambda module: module.share_memory(),
+    "swap_tensors": swap_tensors,
+    "load": load,
+    "load by assigning": lambda module: load(module, assign=True),
+    "load by swapping twice": load_by_swapping_twice,
+    "parametrize": parametrize,
+    "another parameter on the same memory": rewrap_and_write,
+    "the same parameter on memory used again": swap_out_and_in,
+}
+
+
+def assert_as_on_eager(module, parameters=None):
+    """Called twice, so that the second call finds what the first has left."""
+    dtype = bias_of(module).dtype
+    x = torch.linspace(-1, 1, 2 * module.input_size, dtype=dtype).view(2, -1)
+    args = (x, (x[:, : module.hidden_size] / 2,) * 2) if isinstance(module, festina.LSTMCell) else (x.unsqueeze(0),)
+    with torch.no_grad():
+        first, second = (torch.func.functional_call(module, parameters or {}, args) for _ in range(2))
+        with backends.use("eager"):
+            want = torch.func.functional_call(module, parameters or {}, args)
+    torch.testing.assert_close(first, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(second, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [festina.LayerNormLSTM, festina.LayerNormLSTMCell])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_may_change_after_it_was_called(change, kind):
+    """Too large for every value to be read before each step."""
+    module = kind(80, 80)
+    assert_as_on_eager(module)
+    changed = CHANGES[change](module)
+    changed = changed if isinstance(changed, kind) else module
+    assert_as_on_eager(changed)
+    with torch.no_grad():
+        bias_of(changed)[3] += 5
+    assert_as_on_eager(changed)
+    assert_as_on_eager(module)
+
+
+@pytest.mark.parametrize("as_type", [torch.Tensor.clone, torch.nn.Parameter], ids=["tensor", "parameter"])
+@pytest.mark.parametrize("kind", [festina.LayerNormLSTM, festina.LayerNormLSTMCell])
+def test_weights_may_be_lent_to_a_module_after_it_was_called(kind, as_type):
+    module = kind(80, 80)
+    name = recurrent(module)
+    for _ in range(2):
+        assert_as_on_eager(module)
+        assert_as_on_eager(module, {name: as_type(altered(getattr(module, name)))})
+    assert_as_on_eager(module)
+
+
+@pytest.mark.parametrize("give_up", ["module", "weights"])
+def test_the_memory_of_weights_comes_back(give_up):
+    """With the module; or, if it was given others, at its next call."""
+    before = set(CPU._panels._found)
+    layer, x = festina.LayerNormLSTM(80, 80, num_layers=2, bidirectional=True), torch.randn(2, 2, 80)
+    with torch.no_grad():
+        layer(x)
+        memory = [weakref.ref(p.untyped_storage()) for p in layer.parameters()]
+        assert len(set(CPU._panels._found) - before) == 2
+        if give_up == "module":
+            del layer
+        else:
+            layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()}, assign=True)
+            layer(x)
+            assert len(set(CPU._panels._found) - before) == 2
+    gc.collect()
+    assert not any(held() for held in memory)
+    assert give_up == "weights" or not set(CPU._panels._found) - before
+
+
+def test_a_step_is_short_again_after_calls_that_nobody_owned():
+    """An operator knows no module, so what it leaves is not relied on by steps; the module's own next call mends that."""
+    cell, x, h = festina.LayerNormGRUCell(80, 80).eval(), torch.randn(2, 80), torch.randn(2, 80)
+    with torch.no_grad():
+        want = dispatch.run(replace(cell._call(cell.layer_parameters(), x, [h.unsqueeze(0)]), owner=None)).output
+        assert short(cell, x, h) is None
+        assert torch.equal(cell(x, h), want)
+        took = short(cell, x, h)
+    assert took is not None
+    assert torch.equal(took[0], want)

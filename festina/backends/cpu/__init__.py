@@ -12,7 +12,7 @@ from torch._C import _is_any_autocast_enabled
 from festina.backends.cpu import abi
 from festina.backends.cpu.memory import POOL
 from festina.backends.cpu.plans import bind, carry_out, give, make_plan, operands, plan_for, saved_bytes, short, take
-from festina.backends.cpu.weights import PanelCache, Panels, Ready, marks_of, prepare
+from festina.backends.cpu.weights import PanelCache, Panels, Ready, is_owned, marks_of, prepare
 from festina.backends.support import BackendError, missing_kernel
 from festina.call import Call, Case, Outputs
 from festina.spec import LayerSpec
@@ -72,7 +72,7 @@ class Cpu:
         _copies = bind(plan, words, (*operands(call), *outputs))
         marks = marks_of(call.parameters)
         found = self._panels.find(call.layer, call.parameters, marks)
-        if found is None or not found.run(words, words[core.at["T"]]):
+        if found is None or (not found.parameters and is_owned(call)) or not found.run(words, words[core.at["T"]]):
             panels = POOL.tensor(plan.panels)
             words[core.at["has_panels"]], words[core.at["panels"]] = 0, panels.data_ptr()
             if core.run(words):
@@ -91,7 +91,12 @@ class Cpu:
         rates: tuple[float, float],
     ) -> list[Tensor] | None:
         found = self._panels.find(layer, parameters, marks_of(parameters))
-        if found is None or not (input.is_cpu and input.is_contiguous()) or _is_any_autocast_enabled():
+        if (
+            found is None
+            or not found.parameters
+            or not (input.is_cpu and input.is_contiguous())
+            or _is_any_autocast_enabled()
+        ):
             return None
         dtype = input.dtype
         key = (input.shape, dtype, rates, torch.get_num_threads())

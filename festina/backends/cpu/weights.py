@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module, Parameter
 
 from festina.backends.cpu import abi
 from festina.backends.cpu.plans import bind, fresh, operands, plan_for, slots
@@ -45,18 +46,25 @@ class Panels:
     """Panels, and what tells whether the parameters still hold the weights that filled them.
 
     Args:
+        parameters: the parameters themselves where a module owns them, so that no other tensor is given an id of theirs;
+            else none, and a step never relies on the panels alone.
+        guards: weak references to the memory of each parameter: the panels go with the first of them. There is none to a
+            parameter, because `torch.utils.swap_tensors` refuses a tensor that has one.
+        owner: the module; the panels go with it.
         marks: `marks_of` the parameters when the panels were filled.
         fingerprints: of a few values of each, and of all.
         sizes: of each in bytes, by slot.
-        is_small: all values are read before any call.
+        reads_all: all values are read before any call.
         ready: prepared steps by what they have in common. A call takes one out and puts it back.
     """
 
-    parameters: list[weakref.ref[Tensor]]
+    parameters: tuple[Tensor, ...]
+    guards: list[weakref.ref[Any]]
+    owner: weakref.ref[Module] | None
     marks: tuple[Any, ...]
     fingerprints: tuple[int, int]
     sizes: Any
-    is_small: bool
+    reads_all: bool
     buffer: Tensor
     ready: dict[tuple[Any, ...], list[Ready]]
 
@@ -64,7 +72,7 @@ class Panels:
         """Run a call of T steps on the panels. False, with nothing done, if the parameters have changed."""
         core = abi.core()
         words[core.at["has_panels"]], words[core.at["panels"]] = 1, self.buffer.data_ptr()
-        is_whole = self.is_small or T >= STEPS_WHOLE
+        is_whole = self.reads_all or T >= STEPS_WHOLE
         status = core.run_panels(words, self.sizes, is_whole, self.fingerprints[is_whole])
         if status and status != core.stale:
             raise core.error()
@@ -98,11 +106,18 @@ def marks_of(parameters: Sequence[Tensor]) -> tuple[Any, ...]:
         return ()
 
 
+def is_owned(call: Call) -> bool:
+    """True if the parameters are those of the module that makes the call, not computed from them, nor lent to it."""
+    held = {*map(id, call.owner.parameters(recurse=False))} if call.owner is not None else set()
+    return all(id(parameter) in held and isinstance(parameter, Parameter) for parameter in call.parameters)
+
+
 class PanelCache:
-    """Panels, one set for a layer and its parameters, dropped with any of them.
+    """Panels, one set for a layer and its parameters, dropped with the memory of any of them or with the owner.
 
     A parameter counts as unchanged while it is the same object with the same marks and the same fingerprint. The
-    fingerprint is there for writes through `.data`, which leave the version alone.
+    fingerprint is there for writes through `.data`, which leave the version alone. Where nobody owns the parameters the
+    fingerprint is always that of all values, since another tensor may be given the id and the memory of one that has gone.
     """
 
     def __init__(self) -> None:
@@ -129,11 +144,34 @@ class PanelCache:
             sizes[slot] = parameter.nbytes
         few, every = (core.fingerprint(words, sizes, is_whole) for is_whole in (False, True))
 
-        def drop(_: weakref.ref[Tensor]) -> None:  # comes before another object is given the id
+        def drop(_: weakref.ref[Any]) -> None:
             found.pop(key, None)
 
-        kept = [weakref.ref(p, drop) for p in parameters]
-        found[key] = Panels(kept, marks, (few, every), sizes, sum(sizes) <= BYTES_WHOLE, buffer, {})
+        module = call.owner if is_owned(call) else None
+        if module is not None:
+            self._drop_former(module)
+        found[key] = Panels(
+            parameters=() if module is None else parameters,
+            guards=[weakref.ref(p.untyped_storage(), drop) for p in parameters],
+            owner=None if module is None else weakref.ref(module, drop),
+            marks=marks,
+            fingerprints=(few, every),
+            sizes=sizes,
+            reads_all=module is None or sum(sizes) <= BYTES_WHOLE,
+            buffer=buffer,
+            ready={},
+        )
+
+    def _drop_former(self, module: Module) -> None:
+        """Drop the panels of parameters that the module has no longer: nothing but the panels may hold them."""
+        held = {*map(id, module.parameters(recurse=False))}
+        for key, panels in list(self._found.items()):
+            if (
+                panels.owner is not None
+                and panels.owner() is module
+                and not held.issuperset(map(id, panels.parameters))
+            ):
+                self._found.pop(key, None)
 
 
 def prepare(
@@ -157,5 +195,5 @@ def prepare(
     args.panels, args.has_panels = panels.buffer.data_ptr(), 1
     shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
     addresses = ctypes.addressof(args), ctypes.addressof(panels.sizes)
-    run = partial(core.run_panels, *addresses, panels.is_small, panels.fingerprints[panels.is_small])
+    run = partial(core.run_panels, *addresses, panels.reads_all, panels.fingerprints[panels.reads_all])
     return Ready(shapes, args, run, workspace)
