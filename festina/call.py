@@ -66,6 +66,11 @@ class Call:
         """The tensors that have gradients: input, initial states, parameters."""
         return [self.input, *self.state, *self.parameters]
 
+    def around(self) -> list[Tensor]:
+        """The tensors without gradients, those that there are: batch sizes, resets, the masks of Zoneout."""
+        tensors = (self.batch_sizes, self.resets, self.zoneout_mask, self.zoneout_cell_mask)
+        return [tensor for tensor in tensors if tensor is not None]
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> Call:
         """The same call on other `tensors()`, which no module owns."""
         input, h_0, *rest = tensors

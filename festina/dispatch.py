@@ -1,8 +1,8 @@
 """The one door between modules and backends: it decides who carries out a call, and checks the call on the way.
 
 In this order: inside an ONNX export the lowering of `festina.backends.export`; inside a `torch.func` transform the
-reference; if the call is watched (traced, profiled, ...) the operator, which checks and chooses when it runs; else the
-chosen backend, as a node of autograd's graph if the call is recorded.
+reference; if the call is watched (traced, profiled, ...) or on lazy tensors the operator, which checks and chooses when it
+runs; else the chosen backend, as a node of autograd's graph if the call is recorded.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def run(call: Call) -> Outputs:
         check_call(call, tensors)
         return reference.run(call)
     check_call(call, tensors)
+    if ops.is_lazy((*tensors, *call.around())):
+        return ops.recurrence(call, force)
     backend = backends.choose(call, force)
     return ops.record(backend, call, tensors) if ops.is_recorded(tensors) else backend.forward(call)
 
@@ -68,7 +70,8 @@ def step(
         input, state: `[B, I]`; `[B, P]` and, if the cell has a c, `[B, H]`.
         rates: of Zoneout on h and on c, by the expectation.
     """
-    if torch.is_grad_enabled() or ops.is_watched((input, *state)):
+    given = (input, *state)
+    if torch.is_grad_enabled() or ops.is_watched(given) or ops.is_lazy(given):
         return None
     for backend in backends.steppers(backends.forced()):
         found = backend.step(layer=layer, parameters=parameters, input=input, state=state, rates=rates)

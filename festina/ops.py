@@ -8,7 +8,7 @@ one is forced; the other two are told which, since they share what is saved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -223,7 +223,7 @@ class _Recurrence(torch.autograd.Function):
             outputs = _outputs(output, state_n)
         else:
             outputs, saved = backend.forward_train(call)
-        ctx.backend, ctx.layer, ctx.rates = backend, call.layer, (call.zoneout, call.zoneout_cell)
+        ctx.backend, ctx.watched, ctx.layer, ctx.rates = backend, watched, call.layer, (call.zoneout, call.zoneout_cell)
         # Tensors go through `save_for_backward`, which notices writes in place and serves checkpointing, not with the call.
         around = (call.batch_sizes, call.resets, call.zoneout_mask, call.zoneout_cell_mask)
         ctx.save_for_backward(*around, *tensors, *outputs, *saved)
@@ -258,7 +258,8 @@ class _Recurrence(torch.autograd.Function):
             found = gradients(call, d_outputs, wanted, create_graph=True)
         else:
             outputs, saved = Outputs(*rest[inputs : inputs + 3]), rest[inputs + 3 :]
-            if is_watched([input, *(tensor for tensor in (*kept, *d_outputs) if tensor is not None)]):
+            given = [tensor for tensor in d_outputs if tensor is not None]
+            if ctx.watched or is_watched([input, *(t for t in kept if t is not None), *given]) or is_lazy(given):
                 args = (*arguments(call, ctx.backend.name), *_listed(outputs), saved, *d_all, wanted)
                 found = torch.ops.festina.recurrence_backward(*args)
                 found = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
@@ -286,7 +287,7 @@ def record(backend: backends.Backend, call: Call, tensors: Sequence[Tensor], wat
         backend: the one that carries it out, forward and backward.
         call: the call, which `check_call` has passed.
         tensors: `call.tensors()`.
-        watched: `is_watched(tensors)`.
+        watched: `is_watched(tensors)`, or one of the call's tensors `is_lazy`.
     """
     apply = _Recurrence.apply if watched else _apply
     output, h_n, *c_n = apply(backend, call, watched, *tensors)  # type: ignore[no-untyped-call]
@@ -295,6 +296,7 @@ def record(backend: backends.Backend, call: Call, tensors: Sequence[Tensor], wat
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_IS_NEGATED, _IS_ZERO = Tensor.is_neg, Tensor._is_zerotensor
 
 
 def is_watched(tensors: Sequence[Tensor]) -> bool:
@@ -311,6 +313,12 @@ def is_watched(tensors: Sequence[Tensor]) -> bool:
     )
 
 
+def is_lazy(tensors: Iterable[Tensor]) -> bool:
+    """True if the values of one are not those in its memory: it is to be negated when read, as the imaginary part of a
+    conjugate is, or it is zeros without memory. A call takes the operator then: PyTorch hands that plain tensors."""
+    return any(_IS_NEGATED(tensor) or _IS_ZERO(tensor) for tensor in tensors)
+
+
 def is_recorded(tensors: Sequence[Tensor]) -> bool:
     """True if autograd records what is done with these tensors."""
     return torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors))
@@ -321,7 +329,7 @@ def _recurrence_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:
     if is_recorded((input, *state, *parameters)):
         backend, call = _parse(*args)
         tensors = call.tensors()
-        if not (watched := is_watched(tensors)):
+        if not (watched := is_watched(tensors) or is_lazy((*tensors, *call.around()))):
             check_call(call, tensors)
         return _listed(record(backend, call, tensors, watched))
     with torch._C._AutoDispatchBelowAutograd():

@@ -135,7 +135,21 @@ def transposed(tensor: Tensor) -> Tensor:
     return tensor.movedim(-1, 0).contiguous().movedim(0, -1)
 
 
-@pytest.mark.parametrize("layout", [strided, transposed])
+def negated(tensor: Tensor) -> Tensor:
+    """The same numbers, their negatives in memory: PyTorch negates them when it reads them."""
+    view = torch._neg_view(-tensor)
+    assert view.is_neg()
+    return view
+
+
+def imaginary(tensor: Tensor) -> Tensor:
+    """The imaginary part of a conjugate: negated when it is read, and in every second place."""
+    view = torch.complex(torch.full_like(tensor, torch.nan), -tensor).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@pytest.mark.parametrize("layout", [strided, transposed, negated, imaginary])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
 def test_layout_in_memory_does_not_matter(case, dtype, layout, backend, poisoned):
@@ -146,6 +160,15 @@ def test_layout_in_memory_does_not_matter(case, dtype, layout, backend, poisoned
     assert_close(got, want, TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("layout", [transposed, negated, imaginary])
+@pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
+def test_layout_of_what_backward_is_given_does_not_matter(case, layout, backend, poisoned):
+    """The forward pass saw nothing unusual."""
+    call, cotangents, want = build(case, backend)
+    got = evaluate(functional.recurrence, call, [layout(cotangent) for cotangent in cotangents])
+    assert_close(got, want, TOLERANCES[case.dtype])
+
+
 @pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
 def test_layout_of_masks_does_not_matter(case, backend, poisoned):
     call, cotangents, want = build(case, backend)
@@ -154,6 +177,30 @@ def test_layout_of_masks_does_not_matter(case, backend, poisoned):
     moved = {name: mask.repeat_interleave(2, dim=-1)[..., ::2] for name, mask in held.items()}
     got = evaluate(functional.recurrence, replace(call, **moved), cotangents)
     assert_close(got, want, TOLERANCES[case.dtype])
+
+
+@pytest.mark.parametrize("case", REPRESENTATIVE, ids=str)
+def test_zeros_without_memory_are_zeros(case, backend, poisoned):
+    """Each tensor, mask and cotangent in turn is one that PyTorch does not put into memory."""
+    call, cotangents, _ = build(case, backend)
+    count = len(call.tensors())
+
+    def zeros(tensor, lazy):
+        made = torch._efficientzerotensor if lazy else torch.zeros
+        return made(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+    def with_zeros(at, lazy):
+        """The call and cotangents with zeros in one place."""
+        held = [*call.tensors(), *cotangents]
+        if isinstance(at, str):
+            return replace(call, **{at: zeros(getattr(call, at), lazy)}), cotangents
+        held[at] = zeros(held[at], lazy)
+        return call.with_tensors(held[:count]), held[count:]
+
+    masks = [name for name in ("resets", "zoneout_mask", "zoneout_cell_mask") if getattr(call, name) is not None]
+    for at in (0, 1, count - 1, *range(count, count + len(cotangents)), *masks):
+        got, want = (evaluate(functional.recurrence, *with_zeros(at, lazy)) for lazy in (True, False))
+        assert_close(got, want, TOLERANCES[case.dtype])
 
 
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:

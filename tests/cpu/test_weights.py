@@ -186,8 +186,13 @@ def test_the_short_way_steps_aside():
             is step(h=(h,))
             is step(h=(h, h))
             is step(x=x[0])
+            is step(x=torch._neg_view(x))
+            is step(h=torch._neg_view(h))
+            is step(h=torch._efficientzerotensor(2, 7))
             is None
         )
+        for lazy in (torch._neg_view(h), torch._efficientzerotensor(2, 7)):
+            torch.testing.assert_close(cell.eval()(x, lazy), cell(x, lazy.clone().resolve_neg()))
         with torch.autocast("cpu"):
             assert step() is None
         with pytest.raises(ValueError, match="input_size = 5, got 4"):
