@@ -124,3 +124,21 @@ def test_cell_of_one_row_and_with_resets() -> None:
         alone = cell(x[b], None if resets[b] else (hx[0][b], hx[1][b]))
         assert_same(alone, (h[b], c[b]))
         assert_same(cell(x[b], (hx[0][b], hx[1][b]), resets=resets[b]), (h[b], c[b]))
+
+
+# Rates
+
+
+@pytest.mark.parametrize("rate", ["zoneout", "zoneout_cell", "dropconnect"])
+def test_each_rate_acts_on_steps_without_gradients(rate: str) -> None:
+    """In training masks are drawn anew at each step, whatever was prepared for steps before; in eval none are."""
+    cell, x = make("lstm-haste", I, 20, cell=True, **{rate: 0.5}), torch.randn(B, I)
+    state = random_state(cell, 0, B)
+    with torch.no_grad():
+        for _ in range(2):
+            quiet = [cell.eval()(x, state) for _ in range(3)]
+            loud = [cell.train()(x, state) for _ in range(3)]
+            assert_same(quiet[1], quiet[2], 0, 0)
+            assert_same(quiet[0], quiet[2], 1e-6, 1e-6)
+            for one, other in zip(loud, loud[1:] + quiet[:1]):
+                assert not all(map(torch.equal, one, other))

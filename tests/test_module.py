@@ -4,6 +4,7 @@ devices, computed weights, random masks, hooks, threads and processes."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -186,6 +187,29 @@ def test_a_checkpoint_under_another_plan_is_refused(
     assert f"this layer has {layer.norm}" in text
     assert f"Build the layer with norm={plan}" in text
     assert_same(layer.state_dict(), before)
+
+
+ONE_FIELD_APART: dict[str, tuple[type, NormPlan, dict[str, Any]]] = {
+    "placement": (festina.LSTM, norms.HASTE, {"placement": "joint"}),
+    "groups": (festina.LSTM, norms.HASTE, {"groups": "gate"}),
+    "cell": (festina.LSTM, norms.HASTE, {"cell": "carried"}),
+    "kind": (festina.LSTM, norms.HASTE, {"kind": "rms"}),
+    "eps": (festina.LSTM, norms.HASTE, {"eps": 2e-5}),
+    "inner_bias": (festina.LSTM, norms.HASTE, {"inner_bias": True}),
+    "inner_bias_hh": (festina.LSTM, norms.HASTE, {"inner_bias_hh": True}),
+    "reset": (festina.GRU, NormPlan("joint", groups="gate"), {"reset": "product"}),
+    "clip": (festina.LSTM, norms.HASTE, {"clip": 2.0}),
+}
+
+
+def test_a_checkpoint_is_refused_whichever_field_of_the_plan_differs() -> None:
+    assert ONE_FIELD_APART.keys() == {field.name for field in dataclasses.fields(NormPlan) if field.compare}
+    for kind, plan, changed in ONE_FIELD_APART.values():
+        checkpoint = kind(I, H, norm=plan).state_dict()
+        layer = kind(I, H, norm=dataclasses.replace(plan, name=None, **changed))
+        for strict in (True, False):
+            with pytest.raises(RuntimeError, match="the checkpoint was saved under the norm plan"):
+                layer.load_state_dict(checkpoint, strict=strict)
 
 
 def test_weights_of_torch_nn_do_not_pass_for_a_normalised_layer() -> None:
@@ -400,6 +424,29 @@ def test_random_masks_follow_the_seed_and_end_with_training(variant: str) -> Non
     assert not torch.allclose(run(1), run(2))
     layer.eval()
     assert_same(run(1), run(2), 0, 0)
+
+
+def test_dropconnect_at_rate_1_drops_every_recurrent_weight() -> None:
+    """Of each direction of each layer, and no other parameter."""
+    layer = make("lstm-haste", I, H, 2, bidirectional=True, dropconnect=1.0, **F64)
+    x = torch.randn(T, B, I, **F64)
+    got = layer(x)
+    layer.eval()
+    assert not torch.allclose(layer(x)[0], got[0])
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name.startswith("weight_hh"):
+                parameter.zero_()
+    assert_same(got, layer(x))
+
+
+def test_zoneout_at_rate_1_keeps_every_state() -> None:
+    """Of each direction of each layer."""
+    layer = make("lstm-haste", I, H, 2, bidirectional=True, zoneout=1.0, zoneout_cell=1.0, **F64)
+    state = (torch.randn(4, B, H, **F64), torch.randn(4, B, H, **F64))
+    for _ in range(2):
+        assert_same(layer(torch.randn(T, B, I, **F64), state)[1], state)
+        layer.eval()
 
 
 def test_dropconnect_draws_one_mask_for_the_whole_sequence() -> None:

@@ -105,6 +105,23 @@ def test_a_gradient_penalty_is_differentiated_exactly(variant: str) -> None:
     assert torch.autograd.gradcheck(penalty, (layer.weight_hh_l0.detach().requires_grad_(),))
 
 
+@pytest.mark.parametrize("variant", FIVE_VARIANTS)
+def test_gradients_with_a_graph_where_one_tensor_is_computed_from_another(variant: str) -> None:
+    """The state depends on the input and on a weight: both orders of gradients count each way from one to the other once."""
+    cell, x = make(variant, 3, 3, cell=True, **F64), torch.randn(2, 3, **F64).requires_grad_()
+
+    def output(x: Tensor, weight: Tensor) -> Any:
+        states = tuple(k * x * weight[:3].sum(0) for k in (0.5, 0.3))
+        hx = states if variant.startswith("lstm") else states[0]
+        new = functional_call(cell, {"weight_ih": weight}, (x, hx))
+        return (new[0] if isinstance(new, tuple) else new).square().sum()
+
+    leaves = (x, cell.weight_ih.detach().requires_grad_())
+    plain, with_graph = (torch.autograd.grad(output(*leaves), leaves, create_graph=graph) for graph in (False, True))
+    assert_same(list(with_graph), list(plain))
+    assert torch.autograd.gradgradcheck(output, leaves)
+
+
 def test_forward_mode_says_where_to_go() -> None:
     layer, x = festina.LayerNormLSTM(I, H), torch.randn(T, B, I)
     with (

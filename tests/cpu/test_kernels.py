@@ -49,6 +49,24 @@ def test_backward_in_several_stretches(case, threads, use_threads):
     assert found <= TOLERANCES[torch.float64], f"{name} differs by {found:.2e}"
 
 
+# One beyond each of the blocks that products are cut into, several times over: sums deeper than `depth_block`, a left operand
+# too large for `left_bytes` at that depth, more rows than `input_product_rows` and `gradient_rows`, recurrent weights beyond
+# `weights_a_thread`. The sums of every kind of product are cut: over I, H, the gates, and the rows of all steps.
+BLOCKED = [
+    Case("lstm", norms.HASTE, T=5, B=60, I=260, H=290, dtype=torch.float64),
+    Case("gru", norms.NONE, T=3, B=131, I=530, H=270, dtype=torch.float32),
+    Case("lstm", norms.ICEFALL, T=5, B=129, I=3, H=290, P=270, dtype=torch.float64, features=("bidirectional",)),
+]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("case", BLOCKED, ids=str)
+def test_products_in_several_blocks(case, threads, use_threads):
+    use_threads(threads)
+    found, name = differs(case)
+    assert found <= TOLERANCES[case.dtype], f"{name} differs by {found:.2e}"
+
+
 BY_ISA_SCRIPT = """
 import statistics
 import sys

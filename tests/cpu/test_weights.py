@@ -63,6 +63,20 @@ def test_one_value_written_through_data_is_seen(kind, H, T):
         assert torch.equal(outputs(), before)
 
 
+def test_a_step_of_a_large_cell_sees_each_parameter_that_was_rewritten_through_data():
+    """Which a few values of each tell."""
+    cell, x, state = festina.LayerNormLSTMCell(80, 80), torch.randn(2, 80), (torch.randn(2, 80), torch.randn(2, 80))
+    with torch.no_grad():
+        for name, parameter in cell.named_parameters():
+            before = [cell(x, state)[0] for _ in range(2)][1]
+            parameter.data.mul_(1.5).add_(0.5)
+            assert short(cell, x, state) is None, name
+            got = cell(x, state)
+            assert not torch.equal(got[0], before)
+            with backends.use("eager"):
+                torch.testing.assert_close(got, cell(x, state), rtol=1e-4, atol=1e-4)
+
+
 def test_a_step_sees_data_that_was_replaced():
     cell, x, state = festina.LayerNormLSTMCell(5, 7), torch.randn(2, 5), (torch.randn(2, 7), torch.randn(2, 7))
     with torch.no_grad():
@@ -155,8 +169,9 @@ def test_the_short_way_of_a_step_equals_the_long_one(kind, options, B):
         compare(is_short=False)
         compare()
         compare(B=B + 1)
-        cell.zoneout = 0.6
-        compare()
+        for rate in ("zoneout", "zoneout_cell")[: len(names)]:
+            setattr(cell, rate, 0.6)
+            compare()
         cell.weight_ih.mul_(2)
         compare(is_short=False)
         cell.weight_ih.data.mul_(2)
