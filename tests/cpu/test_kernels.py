@@ -228,6 +228,17 @@ def test_an_ignored_reset_and_an_ignored_mask_are_caught():
         )
 
 
+@pytest.mark.parametrize("cell", ["gru", "indrnn"])
+def test_bfloat16_rounds_h_at_every_step(cell):
+    """As h leaves a call: a sequence cut in two goes on where it was, bit for bit; and backward reads the h that were used."""
+    call, _ = Case(cell, norms.HASTE, T=20, B=3, I=5, H=17, dtype=torch.bfloat16).build()
+    whole, end, _ = CPU.forward(call)
+    first, between, _ = CPU.forward(replace(call, input=call.input[:30]))
+    second, last, _ = CPU.forward(replace(call, input=call.input[30:], h_0=between))
+    assert torch.equal(whole, torch.cat([first, second]))
+    assert torch.equal(end, last)
+
+
 def test_nan_goes_through_and_stays_in_its_row():
     call, _ = Case("lstm", norms.HASTE, T=3, B=3, I=5, H=17).build()
     call.input[1, 2] = torch.nan
