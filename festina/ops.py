@@ -8,7 +8,7 @@ one is forced; the other two are told which, since they share what is saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -313,10 +313,10 @@ def is_watched(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def is_lazy(tensors: Iterable[Tensor]) -> bool:
+def is_lazy(tensors: Sequence[Tensor]) -> bool:
     """True if the values of one are not those in its memory: it is to be negated when read, as the imaginary part of a
     conjugate is, or it is zeros without memory. A call takes the operator then: PyTorch hands that plain tensors."""
-    return any(_IS_NEGATED(tensor) or _IS_ZERO(tensor) for tensor in tensors)
+    return any(map(_IS_NEGATED, tensors)) or any(map(_IS_ZERO, tensors))
 
 
 def is_recorded(tensors: Sequence[Tensor]) -> bool:
