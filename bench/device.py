@@ -73,6 +73,7 @@ from festina.backends.triton.tiers import Tier
 from festina.call import Call
 from festina.cli.bench import ALLOWED, DTYPES, Loop, Point, layers, unverified
 from festina.cli.measure import Work, commit, machine
+from festina.output import check_target
 from festina.testing import TOLERANCES, Case, evaluate, rms_ratio, widened, worst
 
 GRACE = 150  # seconds beyond its time after which a section is taken to hang, compiling included
@@ -586,6 +587,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_section(args.alone, section(), seconds * args.scale, args.out, around, release)
         return 0
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_target(args.out)
     before = args.out.stat().st_size if args.out.exists() else 0
     for name in SECTIONS:
         if name in args.sections:

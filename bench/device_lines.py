@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from festina.cli.measure import Spread, Work
+from festina.output import append
 
 
 @dataclass
@@ -58,9 +59,8 @@ def row_of(section: str, case: str, line: Line, around: Mapping[str, Any]) -> di
 
 
 def write(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a line; the file is closed again, so nothing is lost."""
-    with path.open("a") as file:
-        file.write(json.dumps(row, default=str) + "\n")
+    """Append a line; it is on the disk before the next task begins, so nothing is lost."""
+    append(path, json.dumps(row, default=str) + "\n")
 
 
 def run_section(

@@ -29,6 +29,7 @@ import festina
 from festina import backends, norms
 from festina.backends.triton import TRITON, setup, tiers
 from festina.cli.measure import commit, machine
+from festina.output import replacing
 from festina.testing import Case
 
 HERE = Path(__file__).parent
@@ -118,7 +119,8 @@ def main() -> None:
         print(f"{name:<50} {median:7.1f} {p20:7.1f} {p80:7.1f}")
         lines.append(json.dumps({"what": name, "median_us": median, "p20_us": p20, "p80_us": p80, **facts}))
     if args.out:
-        args.out.write_text("\n".join(lines) + "\n")
+        with replacing(args.out) as unfinished:
+            unfinished.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 from festina import backends, convert, norms, reference
 from festina.call import Call, Case
 from festina.norms import NormPlan
+from festina.output import replacing
 from festina.spec import GRU, INDRNN, LSTM, CellSpec, LayerSpec
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -210,7 +211,8 @@ def main() -> int:
     made = page()
     if "--check" in sys.argv:
         return 0 if made == PAGE.read_text("utf-8") else 1
-    PAGE.write_text(made, "utf-8")
+    with replacing(PAGE) as unfinished:
+        unfinished.write_text(made, "utf-8")
     return 0
 
 

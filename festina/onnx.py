@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 
 from festina.cells import Cell
 from festina.layers import Recurrent
+from festina.output import replacing
 
 _NEEDS = ("onnx", "onnxscript")
 
@@ -52,6 +53,7 @@ def export(
     Raises:
         ImportError: the packages of the extra `onnx` are not installed.
         ValueError: an axis that is to stay open is 1 in the example.
+        OSError: the file cannot be written; one that was there is as before.
 
     Example::
 
@@ -78,7 +80,8 @@ def export(
             part.training = training
     assert program is not None  # with dynamo=True it never is
     if path is not None:
-        program.save(path)
+        with replacing(path) as unfinished:
+            program.save(unfinished)
     return program
 
 

@@ -167,6 +167,31 @@ def test_checkpoint_of_another_run_is_refused(novel, tmp_path):
         race.load(tmp_path / "noise.pt")
 
 
+def test_a_damaged_checkpoint_changes_nothing(novel, tmp_path):
+    race = make_race(novel, models=("festina.LSTM",), steps=4)
+    race.save(tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    racers = race.racers
+    for content in (
+        [],
+        {},
+        {**saved, "conditions": None},
+        {**saved, "done": "four"},
+        {**saved, "racers": {}},
+        *(
+            {**saved, "racers": {"festina.LSTM": {**saved["racers"]["festina.LSTM"], part: 7}}}
+            for part in ("model", "record")
+        ),
+    ):
+        torch.save(content, tmp_path / "run.pt")
+        with pytest.raises(cli.UsageError, match="is not a checkpoint of this demo"):
+            race.load(tmp_path / "run.pt")
+        assert race.racers is racers
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(cli.UsageError, match="is not a checkpoint of this demo"):
+        race.load(tmp_path / "pipe.pt")
+
+
 def test_ctrl_c_saves_the_steps_done(novel, tmp_path):
     args = ["--text", str(novel), "--checkpoint", str(tmp_path / "run.pt"), "--out", str(tmp_path), *TINY]
     with start("demo", *args, "--steps", "2000", "--models", "torch.nn.LSTM") as process:

@@ -42,6 +42,15 @@ def missing(package: str, extra: str) -> UsageError:
     )
 
 
+def printable(text: str) -> str:
+    r"""A text in which characters that a terminal may obey or cannot show are escaped; names in files may hold any.
+
+    >>> printable("rnn.\x1b[2Jweight")
+    'rnn.\\x1b[2Jweight'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = argparse.ArgumentParser(
@@ -68,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         return cast(int, args.run(args))
-    except UsageError as error:
-        print(f"festina: {error}", file=sys.stderr)
+    except (UsageError, OSError) as error:  # OSError: a file or the disk
+        print(printable(f"festina: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

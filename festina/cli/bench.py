@@ -38,6 +38,7 @@ from festina.call import Call, Case
 from festina.cli import UsageError, missing
 from festina.cli.measure import Race, Work, commit, gemm_peak, machine, race
 from festina.norms import PLANS
+from festina.output import append, check_target
 from festina.testing import TOLERANCES, assert_close
 
 CELLS: dict[str, tuple[type[festina.layers.Recurrent], Callable[..., nn.RNNBase]]] = {
@@ -116,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             "--device cuda needs a CUDA device, but torch sees none; leave the option out to measure the CPU"
         )
+    if args.out:
+        check_target(args.out, may_be_device=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     console = Console()
@@ -152,8 +155,7 @@ def run(args: argparse.Namespace) -> int:
                 row = record(point, name, args.device, found, conditions)
                 table.add_row(*cells_of(row))
                 if args.out:
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    append(args.out, json.dumps(row) + "\n")
     console.print(table)
     return 1 if failures else 0
 

@@ -20,8 +20,11 @@ import torch
 from festina.cli import UsageError, missing
 from festina.cli.demo import model, text, world
 from festina.cli.demo.training import Race, Settings, interruptible
+from festina.output import check_target, replacing
 
 INTERRUPTED = 130
+
+PICTURE, FIGURES = RESULTS = ("demo.png", "demo.json")
 
 
 def positive(value: str) -> int:
@@ -97,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"--out {args.out} must be a folder, and cannot be created: {error.strerror}") from None
 
+    for path in (*(args.out / name for name in RESULTS), *([args.checkpoint] if args.checkpoint else [])):
+        check_target(path)
     corpus = text.from_file(args.text) if args.text else text.standard_library()
     settings = Settings(
         models=tuple(args.models),
@@ -158,12 +163,13 @@ def write(race: Race, out: Path) -> None:
     from festina.cli.demo import picture, report  # noqa: PLC0415  rich and matplotlib are optional
 
     sample = generated(race)
-    picture.draw(race, out / "demo.png")
-    (out / "demo.json").write_text(json.dumps(report.figures(race, sample), indent=1) + "\n", encoding="utf-8")
+    picture.draw(race, out / PICTURE)
+    with replacing(out / FIGURES) as unfinished:
+        unfinished.write_text(json.dumps(report.figures(race, sample), indent=1) + "\n", encoding="utf-8")
     console = Console(highlight=False)
     report.show(console, race, sample)
     stopped = "" if race.is_finished else f"stopped after step {race.done} of {race.settings.steps}; "
-    console.print(f"\n{stopped}see {out / 'demo.png'} and {out / 'demo.json'}", soft_wrap=True)
+    console.print(f"\n{stopped}see {out / PICTURE} and {out / FIGURES}", soft_wrap=True)
 
 
 def generated(race: Race) -> dict[str, str] | None:

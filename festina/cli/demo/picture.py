@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from festina.cli.demo.model import LAYERS
 from festina.cli.demo.report import crossings
 from festina.cli.demo.training import Race
+from festina.output import replacing
 
 # Okabe and Ito's colours, which differ for every kind of colour vision; line styles differ as well.
 # If two curves coincide, the wide pale line of the first shows on both sides of the second.
@@ -49,7 +50,8 @@ def draw(race: Race, path: Path) -> None:
         mark_goal(race, by_step)
         if by_step.lines:
             by_step.legend(frameon=False, loc="upper right")
-        figure.savefig(path)
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished)
 
 
 def mark_goal(race: Race, axes: Axes) -> None:

@@ -29,6 +29,7 @@ from festina.cli.demo.memory import peak_bytes
 from festina.cli.demo.model import CharacterModel, State, map_state
 from festina.cli.demo.text import Corpus, Windows
 from festina.cli.demo.world import World
+from festina.output import replacing
 
 CLIP = 1.0
 """The gradient norm that every model's gradients are clipped to."""
@@ -146,14 +147,19 @@ class Race:
         self.settings, self.corpus, self.device, self.world = settings, corpus, device, world
         self.train = Windows(corpus.train, settings.batch, settings.length)
         self.held_out = Windows(corpus.validation, settings.batch, settings.length, most=VALIDATION_CHARACTERS)
-        self.racers = [Racer(name, settings, len(corpus.characters), device, world) for name in settings.models]
+        self.racers = self._start()
         self.done = 0
+
+    def _start(self) -> list[Racer]:
+        """Every model at its start."""
+        characters = len(self.corpus.characters)
+        return [Racer(name, self.settings, characters, self.device, self.world) for name in self.settings.models]
 
     def warm_up(self) -> None:
         """One step of every model on a discarded copy, so that one-time costs of the process are not timed."""
         inputs, targets = (self.world.own(part).to(self.device) for part in self.train[0])
-        for name in self.settings.models:
-            Racer(name, self.settings, len(self.corpus.characters), self.device, self.world).step(inputs, targets)
+        for racer in self._start():
+            racer.step(inputs, targets)
 
     @property
     def validated_characters(self) -> int:
@@ -190,12 +196,15 @@ class Race:
         return {**asdict(self.settings), "models": list(self.settings.models), "text": self.corpus.sha256}
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint. A crash during the write leaves the old one in place."""
+        """Write a checkpoint. A crash during the write leaves the old one in place.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         racers = {racer.name: racer.save() for racer in self.racers}
         if self.world.leads:
-            unfinished = path.with_name(path.name + ".unfinished")
-            torch.save({"conditions": self._conditions(), "done": self.done, "racers": racers}, unfinished)
-            unfinished.replace(path)
+            with replacing(path) as unfinished:
+                torch.save({"conditions": self._conditions(), "done": self.done, "racers": racers}, unfinished)
 
     def load(self, path: Path) -> None:
         """Resume from a checkpoint; the numbers are those of an uninterrupted run.
@@ -203,21 +212,36 @@ class Race:
         Raises:
             UsageError: the file is no checkpoint of the demo, or has other settings or another text.
         """
+        now = self._conditions()
         try:
+            if not path.is_file():
+                raise ValueError("it is no regular file")
             saved = torch.load(path, map_location=self.device, weights_only=True)
-            was, now = saved["conditions"], self._conditions()
-            racers, done = saved["racers"], saved["done"]
+            was = {key: saved["conditions"].get(key) for key in now}
+            racers, done = saved["racers"], int(saved["done"])
         except Exception as error:  # on damaged files torch.load raises errors of many types
-            raise UsageError(f"--checkpoint {path} is not a checkpoint of this demo: {error}") from None
-        differing = [f"{key} was {was.get(key)}, is {now[key]}" for key in now if was.get(key) != now[key]]
+            raise not_of_this_demo(path, error) from None
+        differing = [f"{key} was {was[key]}, is {now[key]}" for key in now if was[key] != now[key]]
         if differing:
             raise UsageError(
                 f"--checkpoint {path} must be of a run with these settings, but {'; '.join(differing)}; "
                 "give the same options to resume it, or another file to start a new run"
             )
-        self.done = done
-        for racer in self.racers:
-            racer.load(racers[racer.name])
+        loaded = self._start()
+        try:
+            for racer in loaded:
+                racer.load(racers[racer.name])
+        except Exception as error:  # what is missing or of a wrong type, of many types too
+            raise not_of_this_demo(path, error) from None
+        self.racers, self.done = loaded, done
+
+
+def not_of_this_demo(path: Path, error: Exception) -> UsageError:
+    """The error for a checkpoint that cannot be read."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UsageError(
+        f"--checkpoint {path} is not a checkpoint of this demo: {reason}; give another file to start a new run"
+    )
 
 
 class Interrupt:
