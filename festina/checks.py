@@ -50,6 +50,21 @@ def check_counts(**counts: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise unless `dtype` is None, for torch's default, or a floating-point type.
+
+    Raises:
+        TypeError: it is no dtype.
+        ValueError: it is not of floating-point numbers.
+    """
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, such as torch.float32, or None, got {dtype!r}")
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype must be of floating-point numbers of 16, 32 or 64 bits, got {dtype}")
+
+
 def check_proj_size(cell: CellSpec, proj_size: int, hidden_size: int) -> None:
     """Raise unless `proj_size` is an int below `hidden_size`, and 0 for a cell without a projection.
 
@@ -76,10 +91,15 @@ def check_rates(cell: CellSpec, **rates: float) -> None:
         ValueError: it is not.
     """
     for name, rate in rates.items():
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate <= 1:
+        if not is_rate(rate):
             raise ValueError(f"{name} must be a probability in [0, 1], got {rate!r}")
     if rates.get("zoneout_cell") and "c" not in cell.states:
         raise ValueError(f"zoneout_cell must be 0: the {cell.name} cell has no c, got {rates['zoneout_cell']}")
+
+
+def is_rate(rate: float) -> bool:
+    """Whether `rate` is a number in [0, 1]; True and False are none."""
+    return isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate <= 1
 
 
 def check_forget_bias(cell: CellSpec, forget_bias: float | None) -> None:

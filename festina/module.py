@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from festina import norms
 from festina.call import Call
-from festina.checks import check_counts, check_flags, check_forget_bias, check_proj_size, check_rates
+from festina.checks import check_counts, check_dtype, check_forget_bias, check_proj_size, check_rates
 from festina.norms import NormPlan
 from festina.spec import CellSpec, LayerSpec
 
 # Under this name of torch's a module saves more than tensors; here, its norm plan.
 PLAN_KEY = "_extra_state"
+
+MOST_PLAN_BYTES = 4096
+"""The longest plan that is read; one that is saved has some 200 bytes."""
 
 
 class RecurrentBase(nn.Module):
@@ -54,7 +57,7 @@ class RecurrentBase(nn.Module):
         super().__init__()
         check_counts(input_size=input_size, hidden_size=hidden_size)
         check_proj_size(spec.cell, proj_size, hidden_size)
-        check_flags(bias=spec.bias)
+        check_dtype(dtype)
         check_rates(spec.cell, zoneout=zoneout, zoneout_cell=zoneout_cell, dropconnect=dropconnect)
         check_forget_bias(spec.cell, forget_bias)
         if input_size == 1 and spec.plan.placement == "separate" and not spec.plan.inner_bias:
@@ -197,7 +200,7 @@ class RecurrentBase(nn.Module):
         try:
             plan = saved_plan(state_dict, prefix)
             plan = plan and self.spec.cell.named(plan)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             error_msgs.append(f"{key} must hold a norm plan as festina saves it, but it cannot be read: {error}")
             return
         if plan is None and strict and not self.norm.is_none:
@@ -236,9 +239,17 @@ def saved_plan(state_dict: dict[str, Any], prefix: str) -> NormPlan | None:
     """The plan of the layer saved under `prefix`; None if no layer was, or one with norms but without its plan.
 
     Weights without any gain are those of a plain layer: neither torch.nn nor Festina saves a plan for one.
+
+    Raises:
+        TypeError, ValueError: what is saved is no plan.
     """
     saved = state_dict.get(prefix + PLAN_KEY)
     if saved is not None:
+        if not isinstance(saved, Tensor) or saved.dtype != torch.uint8:
+            got = saved.dtype if isinstance(saved, Tensor) else type(saved).__name__
+            raise TypeError(f"a plan must be saved as a tensor of uint8, got {got}")
+        if saved.is_meta or saved.dim() != 1 or saved.numel() > MOST_PLAN_BYTES:
+            raise ValueError(f"a plan must have one axis of at most {MOST_PLAN_BYTES} bytes, got {list(saved.shape)}")
         return NormPlan.from_json(bytes(saved.tolist()).decode())
     is_plain = not any(name.startswith(prefix + "gain") for name in state_dict)
     return norms.NONE if is_plain and any(name.startswith(prefix + "weight_ih") for name in state_dict) else None

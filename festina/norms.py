@@ -7,6 +7,7 @@ the placement is data here: it has a name, every layer prints it, the checkpoint
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -43,8 +44,9 @@ class NormPlan:
         name: the name of the plan; comparison ignores it.
 
     Raises:
-        ValueError: a field has an unknown value, `eps` or `clip` is not positive, a field has nothing to act on, or the
-            candidate would be normalised together with the reset gate that it needs first.
+        TypeError: a field is of a wrong type: `eps` and `clip` are numbers, `inner_bias` and `inner_bias_hh` bools.
+        ValueError: a field has an unknown value, `eps` or `clip` is not positive or not finite, a field has nothing to act
+            on, or the candidate would be normalised together with the reset gate that it needs first.
 
     >>> NormPlan("separate", cell="readout") == HASTE
     True
@@ -72,12 +74,16 @@ class NormPlan:
             ("reset", get_args(Reset)),
         ):
             got = getattr(self, what)
-            if got not in values:
+            if not isinstance(got, str) or got not in values:
                 raise ValueError(f"NormPlan {what} must be one of {', '.join(map(repr, values))}, got {got!r}")
-        if not self.eps > 0:
-            raise ValueError(f"NormPlan eps must be greater than 0 (it is added to the variance), got {self.eps!r}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"NormPlan clip must be greater than 0, or None for no clip, got {self.clip!r}")
+        object.__setattr__(self, "eps", _positive("eps", self.eps, "it is added to the variance"))
+        if self.clip is not None:
+            object.__setattr__(self, "clip", _positive("clip", self.clip, "None for no clip"))
+        for what in ("inner_bias", "inner_bias_hh"):
+            if not isinstance(getattr(self, what), bool):
+                raise TypeError(f"NormPlan {what} must be True or False, got {getattr(self, what)!r}")
+        if self.name is not None and not isinstance(self.name, str):
+            raise TypeError(f"NormPlan name must be a string or None, got {self.name!r}")
         if self.placement == "none" and (self.groups != "all" or self.inner_bias or self.inner_bias_hh):
             raise ValueError(
                 "NormPlan groups, inner_bias and inner_bias_hh belong to a norm on the products, but placement is 'none'; "
@@ -111,7 +117,7 @@ class NormPlan:
         return [(0, gates - 1), (gates - 1, gates)]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields but the name; `NormPlan(**fields)` is the inverse."""
+        """All fields but the name; `from_dict` is the inverse."""
         fields = asdict(self)
         del fields["name"]
         return fields
@@ -122,9 +128,31 @@ class NormPlan:
 
     @classmethod
     def from_json(cls, text: str) -> NormPlan:
-        """The inverse of `to_json`; the result has a name if a named plan equals it."""
-        plan = cls(**json.loads(text))
+        """The inverse of `to_json`; the result has a name if a named plan equals it.
+
+        Raises:
+            TypeError, ValueError: the text is not JSON, or the JSON not the fields of a plan.
+        """
+        plan = cls.from_dict(parse_object(text))
         return next((named for named in PLANS.values() if named == plan), plan)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> NormPlan:
+        """The inverse of `to_dict`; fields that are missing have their defaults.
+
+        Raises:
+            TypeError, ValueError: `fields` are not those of a plan.
+        """
+        if not isinstance(fields, dict):
+            raise TypeError(f"a norm plan must be an object with fields, got {type(fields).__name__}")
+        known = NONE.to_dict()  # without the name, which would make any plan print as another one
+        unknown = [name for name in fields if name not in known]
+        if unknown:
+            raise ValueError(
+                f"NormPlan must have the fields {', '.join(known)} alone, got {', '.join(map(repr, unknown))}; it may be "
+                "of a newer version of festina"
+            )
+        return cls(**fields)
 
     def __str__(self) -> str:
         return self.name or repr(self)
@@ -134,6 +162,34 @@ class NormPlan:
             return f"norms.{self.name}"
         default = NONE.to_dict()
         return f"NormPlan({', '.join(f'{key}={v!r}' for key, v in self.to_dict().items() if v != default[key])})"
+
+
+def _positive(what: str, value: float, why: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"NormPlan {what} must be a number, got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise ValueError(f"NormPlan {what} must be finite and greater than 0 ({why}), got {number!r}")
+    return number
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Parse JSON that must be an object.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply to be read.
+        TypeError: it is another value.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise TypeError(f"the JSON must be an object, got {type(found).__name__}")
+    return found
 
 
 NONE = NormPlan(name="NONE")

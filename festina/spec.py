@@ -7,12 +7,13 @@ Sizes, everywhere: `T` steps, `B` batch, `I` input_size, `H` hidden_size, `G` ga
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from festina.norms import NONE, PLANS, NormPlan
+from festina.norms import NONE, PLANS, NormPlan, parse_object
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,10 @@ class LayerSpec:
         bias: the layer has biases, and its norms have shifts.
         projected: h is projected by `weight_hr`.
         directions: 1, or 2 for a bidirectional layer; the second runs from the last step to the first.
+
+    Raises:
+        TypeError: a field is of a wrong type.
+        ValueError: the plan does not fit the cell, or `directions` is neither 1 nor 2.
     """
 
     cell: CellSpec
@@ -153,6 +158,15 @@ class LayerSpec:
     """The layer as one string, for operators; `LayerSpec.parse` reads it."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.cell, CellSpec):
+            raise TypeError(f"cell must be a CellSpec, such as spec.LSTM, got {self.cell!r}")
+        for name in ("bias", "projected"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if isinstance(self.directions, bool) or not isinstance(self.directions, int):
+            raise TypeError(f"directions must be an int, got {self.directions!r}")
+        if self.directions not in (1, 2):
+            raise ValueError(f"directions must be 1 or 2, got {self.directions}")
         # Every call asks for both. Not cached properties: torch.compile cannot trace their lock (Python < 3.12).
         object.__setattr__(self, "plan", self.cell.fit(self.plan))
         object.__setattr__(self, "parameter_names", tuple(self.parameter_shapes(1, 1, 1)))
@@ -211,9 +225,16 @@ class LayerSpec:
     @staticmethod
     @cache
     def parse(token: str) -> LayerSpec:
-        """The layer with this `token`."""
-        fields = json.loads(token)
-        del fields["saved"]
-        return LayerSpec(
-            **{**fields, "cell": CELLS[fields["cell"]], "plan": NormPlan(**fields["plan"])},
-        )
+        """The layer with this `token`.
+
+        Raises:
+            ValueError: it is not the token of a layer.
+        """
+        try:
+            fields = parse_object(token)
+            del fields["saved"]
+            return LayerSpec(**{**fields, "cell": CELLS[fields["cell"]], "plan": NormPlan.from_dict(fields["plan"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"token must be that of a LayerSpec, got {reprlib.repr(token)}: {type(error).__name__}: {error}"
+            ) from None

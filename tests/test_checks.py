@@ -48,6 +48,14 @@ CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"norm": True}, TypeError, r"norm must be a NormPlan, such as norms.HASTE, got True"),
     ({"forget_bias": "1"}, ValueError, r"forget_bias must be a finite number, got '1'"),
     ({"forget_bias": float("inf")}, ValueError, r"forget_bias must be a finite number, got inf"),
+    (
+        {"dtype": torch.int64},
+        ValueError,
+        r"dtype must be of floating-point numbers of 16, 32 or 64 bits, got torch.int64",
+    ),
+    ({"dtype": torch.complex64}, ValueError, r"dtype must be of floating-point numbers"),
+    ({"dtype": torch.float8_e4m3fn}, ValueError, r"dtype must be of floating-point numbers"),
+    ({"dtype": "float32"}, TypeError, r"dtype must be a torch.dtype, .* got 'float32'"),
 ]
 
 

@@ -268,6 +268,9 @@ def test_state_dict_is_hastes_and_loads_by_name(name: str) -> None:
     [
         (lambda: haste.LSTM(3, 5, dropout=1.5), "LSTM: dropout must be in [0.0, 1.0]"),
         (lambda: haste.LayerNormGRU(3, 5, zoneout=-0.1), "LayerNormGRU: zoneout must be in [0.0, 1.0]"),
+        (lambda: haste.GRU(3, 5, zoneout=float("nan")), "GRU: zoneout must be in [0.0, 1.0]"),
+        (lambda: haste.GRU(3, 5, dropout="0.1"), "GRU: dropout must be in [0.0, 1.0]"),  # type: ignore[arg-type]
+        (lambda: haste.LSTM(3, 5, forget_bias=float("nan")), "forget_bias must be a finite number, got nan"),
         (
             lambda: haste.LSTM(3, 5)(torch.zeros(7, 2, 3), torch.zeros(1, 2, 5)),
             "RNN state has invalid structure; expected ([1, 2, 5], [1, 2, 5])",

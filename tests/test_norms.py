@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -24,9 +25,12 @@ from festina.testing import Case, plan_label
         ({"groups": "gates"}, "NormPlan groups must be one of 'all', 'gate', 'gates|candidate', got 'gates'"),
         ({"cell": "state"}, "NormPlan cell must be one of 'none', 'readout', 'carried', got 'state'"),
         ({"kind": "batch"}, "NormPlan kind must be one of 'layer', 'rms', got 'batch'"),
-        ({"eps": 0.0}, "NormPlan eps must be greater than 0 (it is added to the variance), got 0.0"),
-        ({"eps": -1e-5}, "NormPlan eps must be greater than 0 (it is added to the variance), got -1e-05"),
-        ({"eps": float("nan")}, "NormPlan eps must be greater than 0 (it is added to the variance), got nan"),
+        ({"eps": 0.0}, "NormPlan eps must be finite and greater than 0 (it is added to the variance), got 0.0"),
+        ({"eps": -1e-5}, "NormPlan eps must be finite and greater than 0 (it is added to the variance), got -1e-05"),
+        (
+            {"eps": float("nan")},
+            "NormPlan eps must be finite and greater than 0 (it is added to the variance), got nan",
+        ),
     ],
     ids=lambda v: "-".join(f"{key}={value}" for key, value in v.items()) if isinstance(v, dict) else "",
 )
@@ -43,14 +47,64 @@ def test_a_plan_checks_itself(fields, text):
         ({"placement": "joint", "groups": 4}, r"NormPlan groups must be one of .*, got 4"),
         ({"cell": "h"}, r"NormPlan cell must be one of 'none', 'readout', 'carried', got 'h'"),
         ({"kind": "batch"}, r"NormPlan kind must be one of 'layer', 'rms', got 'batch'"),
-        ({"eps": 0.0}, r"NormPlan eps must be greater than 0 .*, got 0.0"),
-        ({"eps": float("nan")}, r"NormPlan eps must be greater than 0 .*, got nan"),
+        ({"eps": 0.0}, r"NormPlan eps must be finite and greater than 0 .*, got 0.0"),
+        ({"eps": float("nan")}, r"NormPlan eps must be finite and greater than 0 .*, got nan"),
         ({"groups": "gate"}, r"placement is 'none'; choose 'separate' or 'joint'"),
     ],
 )
 def test_plan(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         NormPlan(**fields)
+
+
+WRONG: list[tuple[dict[str, Any], type[Exception]]] = [
+    *(({name: value}, TypeError) for name in ("eps", "clip") for value in (True, "1e-5", [1e-5], 1j)),
+    ({"eps": None}, TypeError),
+    *(({name: float(value)}, ValueError) for name in ("eps", "clip") for value in ("inf", "-inf", "nan", "-1", "0")),
+    *(({name: 10**400}, ValueError) for name in ("eps", "clip")),
+    *(({name: value}, TypeError) for name in ("inner_bias", "inner_bias_hh") for value in ("no", 0, 1, None)),
+    *(
+        ({name: value}, ValueError)
+        for name in ("placement", "groups", "cell", "kind", "reset")
+        for value in (None, True, 0, "", ["none"], {})
+    ),
+    ({"name": 7}, TypeError),
+]
+
+
+@pytest.mark.parametrize(("fields", "error"), WRONG, ids=str)
+def test_fields_of_wrong_types_and_ranges(fields, error):
+    """At construction, by `replace`, and from JSON."""
+    (name,) = fields
+    with pytest.raises(error, match=f"NormPlan {name} must be"):
+        NormPlan(**{"placement": "separate", **fields})
+    with pytest.raises(error, match=f"NormPlan {name} must be"):
+        replace(norms.HASTE, **fields)
+    if name != "name" and not isinstance(fields[name], complex):
+        with pytest.raises(error, match=f"NormPlan {name} must be"):
+            NormPlan.from_json(json.dumps({**norms.HASTE.to_dict(), **fields}))
+
+
+def test_numbers_are_floats():
+    """Otherwise two plans that are equal would have two tokens."""
+    plan = NormPlan("separate", eps=1, clip=3)
+    assert (type(plan.eps), type(plan.clip)) == (float, float)
+    assert plan.to_json() == NormPlan("separate", eps=1.0, clip=3.0).to_json()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "match"),
+    [
+        ("separate", ValueError, "Expecting value"),
+        ("[]", TypeError, "must be an object, got list"),
+        ("[" * 100_000, ValueError, "nested too deeply"),
+        ('{"epsilon": 1}', ValueError, "must have the fields placement, .* alone, got 'epsilon'"),
+        ('{"placement": "joint", "name": "HASTE"}', ValueError, "alone, got 'name'"),
+    ],
+)
+def test_json_that_is_no_plan(text, error, match):
+    with pytest.raises(error, match=match):
+        NormPlan.from_json(text)
 
 
 @pytest.mark.parametrize("fields", [{"groups": "gate"}, {"inner_bias": True}], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 
 import pytest
@@ -155,7 +156,50 @@ def test_named_plans_fit_where_they_should(cell, plan, fits):
             CELLS[cell].fit(PLANS[plan])
 
 
+@pytest.mark.parametrize(
+    ("fields", "error", "text"),
+    [
+        ({"cell": "lstm"}, TypeError, "cell must be a CellSpec, such as spec.LSTM, got 'lstm'"),
+        ({"plan": "HASTE"}, TypeError, "norm must be a NormPlan"),
+        ({"bias": 1}, TypeError, "bias must be True or False, got 1"),
+        ({"projected": None}, TypeError, "projected must be True or False, got None"),
+        ({"directions": True}, TypeError, "directions must be an int, got True"),
+        ({"directions": "2"}, TypeError, "directions must be an int, got '2'"),
+        ({"directions": 3}, ValueError, "directions must be 1 or 2, got 3"),
+    ],
+)
+def test_a_layer_checks_itself(fields, error, text):
+    with pytest.raises(error, match=text):
+        LayerSpec(**{"cell": LSTM, **fields})
+
+
 # Tokens.
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cell": "lstmm"},
+        {"cell": ["lstm"]},
+        {"plan": None},
+        {"plan": {"eps": True}},
+        {"plan": {"name": "HASTE"}},
+        {"bias": "yes"},
+        {"directions": 0},
+        {"width": 3},
+    ],
+    ids=str,
+)
+def test_tokens_that_are_none(change):
+    token = json.dumps({**json.loads(LayerSpec(LSTM).token), **change})
+    with pytest.raises(ValueError, match="token must be that of a LayerSpec"):
+        LayerSpec.parse(token)
+
+
+@pytest.mark.parametrize("token", ["", "lstm", "[]", "{}", "[" * 100_000])
+def test_texts_that_are_no_tokens(token):
+    with pytest.raises(ValueError, match="token must be that of a LayerSpec"):
+        LayerSpec.parse(token)
 
 
 @pytest.mark.parametrize(("cell", "plan"), EVERY_PLAN, ids=lambda v: v if isinstance(v, str) else plan_label(v))

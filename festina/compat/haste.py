@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from festina import functional
-from festina.checks import Lengths, check_lengths
+from festina.checks import Lengths, check_forget_bias, check_lengths, is_rate
 from festina.convert import haste as tables
 from festina.convert.engine import Table, assemble, disassemble, specialise
 from festina.spec import LayerSpec
@@ -31,7 +31,7 @@ class _Layer(nn.Module):
     """Base of the six classes: parameters in the layout of the format's `table`, and the forward pass.
 
     Raises:
-        ValueError: a rate is not in [0, 1].
+        ValueError: a rate is not in [0, 1], or the forget bias not finite.
     """
 
     table: ClassVar[Table]
@@ -49,8 +49,9 @@ class _Layer(nn.Module):
     ) -> None:
         super().__init__()
         for name, rate in (("dropout", dropout), ("zoneout", zoneout)):
-            if rate < 0 or rate > 1:
+            if not is_rate(rate):
                 raise ValueError(f"{type(self).__name__}: {name} must be in [0.0, 1.0]")
+        check_forget_bias(self.table.cell, forget_bias)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.batch_first = batch_first
