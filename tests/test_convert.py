@@ -360,7 +360,7 @@ def test_a_misfit_lists_everything() -> None:
         "missing: gamma",
         "unknown: gama",
         "kernel must be [I, 3H] = [30, 30], got [30, 7]",
-        "bias must hold floating-point numbers, got torch.int64",
+        "bias must hold floating-point numbers of 16, 32 or 64 bits, got torch.int64",
     ):
         assert part in text
 

@@ -4,7 +4,8 @@
     festina convert sheeprl.LayerNormGRUCell model.ckpt layer.pt --prefix world_model.rssm.rnn. --option eps=1e-5
     festina convert festina.LSTM layer.safetensors model.npz --to haste.LayerNormLSTM
 
-Files are .safetensors, .pt (also .pth, .bin, .ckpt) and .npz. Only tensors are ever unpickled.
+Files are .safetensors, .pt (also .pth, .bin, .ckpt) and .npz. Nothing in a file is executed, and no size in it is trusted.
+The output is written whole or, after an error, not at all.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import ast
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from festina import convert
-from festina.cli import UsageError
+from festina.cli import UsageError, printable
 from festina.convert import files
+from festina.layers import Recurrent
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +30,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="FORMAT", help="format of the output (default: festina's own state dict)")
     parser.add_argument("--prefix", default="", help="read only names that start with this, and remove it")
     parser.add_argument("--to-prefix", default="", metavar="PREFIX", help="put this before every name")
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="take weights that are NaN or infinite (default: an error)"
+    )
     for name, whose in (("--option", "the input's"), ("--to-option", "the output's")):
         parser.add_argument(
             name,
@@ -38,15 +45,34 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        layer = convert.load(args.format, files.read(args.input), prefix=args.prefix, **options(args.option))
+        of_input, of_output = options(args.option), options(args.to_option)
+        convert.table(args.format, **of_input)
+        if args.to:
+            convert.table(args.to, **of_output)
+        files.check_output(args.output)
+        tensors = files.read(args.input, args.prefix)
+        layer = loaded(args, tensors, of_input)
         target, own = (args.to, {}) if args.to else convert.own_format(layer)
-        state = convert.dump(target, layer, **{**own, **options(args.to_option)})
+        state = convert.dump(target, layer, **{**own, **of_output})
         files.write(args.output, {args.to_prefix + name: tensor for name, tensor in state.items()})
     except (OSError, TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
-    print(f"{args.input}: {layer}")
-    print(f"{args.output}: {target}, {len(state)} tensors")
+    print(printable(f"{args.input}: {layer}"))
+    print(printable(f"{args.output}: {target}, {len(state)} tensors"))
     return 0
+
+
+def loaded(args: argparse.Namespace, tensors: dict[str, Tensor], of_input: dict[str, Any]) -> Recurrent:
+    """The layer that the tensors make.
+
+    Raises:
+        UsageError: they make none.
+    """
+    try:
+        return convert.load(args.format, tensors, prefix=args.prefix, allow_nonfinite=args.allow_nonfinite, **of_input)
+    except (TypeError, ValueError) as error:
+        hint = str(error).replace("allow_nonfinite=True", "--allow-nonfinite")
+        raise UsageError(f"{args.input}: {hint}") from error
 
 
 def options(texts: list[str]) -> dict[str, Any]:
@@ -65,6 +91,6 @@ def options(texts: list[str]) -> dict[str, Any]:
             raise UsageError(f"an option must be NAME=VALUE, got {text!r}")
         try:
             found[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
             found[name] = value
     return found

@@ -7,14 +7,16 @@ formats.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from festina import layers
+from festina.checks import check_flags
 from festina.convert import (
     baselines,
     ding,
@@ -34,6 +36,7 @@ from festina.convert import (
     torchaudio,
 )
 from festina.convert.engine import ConvertError, Table, read, write
+from festina.convert.files import LEAST_LIMIT, MOST_TIMES, unusable
 from festina.layers import Recurrent
 
 __all__ = ["FORMATS", "ConvertError", "dump", "load", "names", "own_format", "table", "to_torch"]
@@ -84,8 +87,8 @@ def table(name: str, **options: Any) -> Table:
     """The table of a format.
 
     Raises:
-        ValueError: the format is unknown.
-        TypeError: the format has no such option.
+        ValueError: the format is unknown, or an option is out of range.
+        TypeError: the format has no such option, or an option is of a wrong type.
     """
     if name not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {name!r}")
@@ -93,7 +96,25 @@ def table(name: str, **options: Any) -> Table:
     unknown = [option for option in options if option not in known]
     if unknown:
         raise TypeError(f"options of {name} must be among {', '.join(known) or '(none)'}, got {', '.join(unknown)}")
+    kinds = get_type_hints(FORMATS[name])
+    for option, value in options.items():
+        _check_option(name, option, value, kinds[option])
     return FORMATS[name](**options)
+
+
+def _check_option(name: str, option: str, value: Any, kind: Any) -> None:
+    """Raise unless an option has the type that its format's function declares; numbers must be finite.
+
+    Raises:
+        TypeError: it has another type.
+        ValueError: it is not finite.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not {float: is_number, float | None: is_number or value is None}.get(kind, isinstance(value, kind)):
+        wanted = {float: "a number", float | None: "a number or None", bool: "True or False", str: "a text"}[kind]
+        raise TypeError(f"{option} of {name} must be {wanted}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{option} of {name} must be finite, got {value}")
 
 
 def load(
@@ -106,6 +127,7 @@ def load(
     zoneout: float = 0.0,
     zoneout_cell: float = 0.0,
     dropconnect: float = 0.0,
+    allow_nonfinite: bool = False,
     **options: Any,
 ) -> Recurrent:
     """A layer over time from another project's state dict, which may be that of a single cell.
@@ -116,26 +138,31 @@ def load(
             ignored. The layer takes their dtype (of several the widest) and device.
         prefix: read only the names that start with it, and remove it: `encoder.rnn.`.
         batch_first, dropout, zoneout, zoneout_cell, dropconnect: as in `festina.LSTM`; no checkpoint holds them.
+        allow_nonfinite: take weights that are NaN or infinite, which make outputs NaN; otherwise they are an error.
         options: whatever else the checkpoint does not hold, such as `eps`: the arguments of the format's function in `FORMATS`.
 
     Returns:
         A `festina` layer with the cell and the norm plan of the format, and the number of layers and directions found.
 
     Raises:
-        ConvertError: names are missing or unknown, or shapes are wrong; one error lists everything.
-        ValueError, TypeError: the format is unknown, or has no such option.
+        ConvertError: names are missing or unknown, shapes are wrong, tensors are not dense or have no values, or weights are
+            not finite; one error lists everything.
+        ValueError, TypeError: the format is unknown, or has no such option, or an option is of a wrong type or range.
 
     >>> cell = torch.nn.GRUCell(3, 5)
     >>> layer = load("torch.GRU", cell.state_dict())
     >>> output, h_n = layer(torch.zeros(7, 2, 3))
     """
+    check_flags(allow_nonfinite=allow_nonfinite)
+    made = table(name, **options)
     found = {
         key.removeprefix(prefix).removesuffix(":0"): _tensor(key, value)
         for key, value in state_dict.items()
         if key.startswith(prefix)
     }
     try:
-        spec, (I, H, P), parameters = read(table(name, **options), found)
+        _check_tensors(found, allow_nonfinite)
+        spec, (I, H, P), parameters = read(made, found)
     except ConvertError as error:
         raise ConvertError(f"{name}: {error}") from None
     plain, normed, extra = _CLASSES[spec.cell.name]
@@ -174,9 +201,53 @@ def _tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     try:
-        return torch.tensor(np.asarray(value))
+        array = np.asarray(value)
+    except ValueError:  # rows of several lengths
+        array = np.asarray(None)
+    if problem := _repetition(array.shape, array.strides, array.itemsize):
+        raise ConvertError(f"{name} {problem}")
+    try:
+        return torch.tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
     except TypeError:
         raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}") from None
+
+
+def _repetition(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> str | None:
+    """Why a view of few elements that takes much memory once it is copied is not converted; None for others."""
+    nbytes = math.prod(shape) * itemsize
+    spanned = itemsize + sum((size - 1) * abs(stride) for size, stride in zip(shape, strides)) if nbytes else 0
+    if nbytes <= max(MOST_TIMES * spanned, LEAST_LIMIT):
+        return None
+    return f"must hold its values, but repeats {spanned} bytes until they are {nbytes}"
+
+
+def _check_tensors(found: Mapping[str, Tensor], allow_nonfinite: bool) -> None:
+    """Raise unless all tensors are dense, have values and, if they must, finite ones.
+
+    Raises:
+        ConvertError: they are not; the error lists all that are wrong.
+    """
+    problems = {name: _problem(tensor, allow_nonfinite) for name, tensor in found.items()}
+    texts = [f"{name} {problem}" for name, problem in problems.items() if problem]
+    if texts:
+        raise ConvertError("; ".join(texts))
+
+
+def _problem(tensor: Tensor, allow_nonfinite: bool) -> str | None:
+    """Why a tensor cannot be converted, in words, or None."""
+    if problem := unusable(tensor):
+        return problem
+    itemsize = tensor.dtype.itemsize
+    if problem := _repetition(tensor.shape, [itemsize * stride for stride in tensor.stride()], itemsize):
+        return problem
+    if itemsize < 2 or not tensor.is_floating_point() or allow_nonfinite:
+        return None
+    count = int((~torch.isfinite(tensor)).sum())
+    if not count:
+        return None
+    return (
+        f"has {count} values of {tensor.numel()} that are NaN or infinite; allow_nonfinite=True takes them all the same"
+    )
 
 
 def dump(name: str, layer: Recurrent, **options: Any) -> dict[str, Tensor]:
@@ -188,12 +259,15 @@ def dump(name: str, layer: Recurrent, **options: Any) -> dict[str, Tensor]:
         options: as in `load`.
 
     Raises:
-        ConvertError: the format cannot hold the layer's function, or has no place for some of its parameters.
-        ValueError, TypeError: the format is unknown, or has no such option.
+        ConvertError: the format cannot hold the layer's function, or has no place for some of its parameters; or the layer
+            is on the meta device.
+        ValueError, TypeError: the format is unknown, or has no such option, or an option is of a wrong type or range.
 
     >>> sorted(dump("haste.GRU", layers.GRU(3, 5)))
     ['bias', 'kernel', 'recurrent_bias', 'recurrent_kernel']
     """
+    if any(parameter.is_meta for parameter in layer.parameters()):
+        raise ConvertError(f"{name}: the layer must have values, but is on the meta device; load its weights first")
     try:
         with torch.no_grad():
             state = write(table(name, **options), layer)

@@ -86,7 +86,7 @@ def read(
         plan = table.cell.named(_own_plan(table, state))
         state.pop(PLAN_KEY, None)
     for key in table.stacked:
-        if key in state and state[key].dim():
+        if key in state and state[key].numel():  # not [2**40, 0], which would come apart into 2**40 tensors
             state.update({f"{key}.{l}": part for l, part in enumerate(state.pop(key).unbind(0))})
 
     scope, L, D = _extent(table, state)
@@ -254,7 +254,7 @@ def _own_plan(table: Table, state: Mapping[str, Tensor]) -> NormPlan:
         plan = saved_plan(dict(state), "")
         if plan is not None:
             return table.cell.fit(plan)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise ConvertError(f"{PLAN_KEY} must hold a norm plan as festina saves it: {error}") from None
     raise ConvertError(f"the state dict has gains but no norm plan: {PLAN_KEY} is missing")
 
@@ -327,8 +327,8 @@ def _mismatch(spec: LayerSpec, part: Layout, tensor: Tensor, name: str, shapes: 
             for axis in _axes(spec, part)
         )
         return f"{name} must be [{letters}] = {list(want)}, got {list(tensor.shape)}"
-    if not tensor.is_floating_point():
-        return f"{name} must hold floating-point numbers, got {tensor.dtype}"
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        return f"{name} must hold floating-point numbers of 16, 32 or 64 bits, got {tensor.dtype}"
     return None
 
 
@@ -354,4 +354,6 @@ def _complain(headline: str, problems: Mapping[str, Sequence[str]]) -> None:
     """Raise one error that lists every problem, if there are any."""
     lines = [f"  {what}: {'; '.join(texts)}" for what, texts in problems.items() if texts]
     if lines:
-        raise ConvertError("\n".join([f"{headline}:", *lines]))
+        raise ConvertError(
+            "\n".join([f"{headline}:", *lines]) if len(lines) > 1 else f"{headline}: {lines[0].lstrip()}"
+        )
