@@ -20,6 +20,7 @@ import torch
 from festina.cli import UsageError, missing
 from festina.cli.demo import model, text, world
 from festina.cli.demo.training import Race, Settings, interruptible
+from festina.cli.demo.world import World
 from festina.output import check_target, replacing
 
 INTERRUPTED = 130
@@ -116,14 +117,22 @@ def run(args: argparse.Namespace) -> int:
     with world.join() as here:
         if args.batch % here.size:
             raise UsageError(f"--batch must be a multiple of the {here.size} processes, got {args.batch}")
-        race = Race(settings, corpus, device, here)
-        if args.checkpoint and args.checkpoint.exists():
-            race.load(args.checkpoint)
-        race.warm_up()
-        race_to_the_end(race, args.checkpoint)
-        if here.leads:
-            write(race, args.out)
-    return 0 if race.is_finished else INTERRUPTED
+        is_finished = demonstrate(args, settings, corpus, device, here)
+    return 0 if is_finished else INTERRUPTED
+
+
+def demonstrate(
+    args: argparse.Namespace, settings: Settings, corpus: text.Corpus, device: torch.device, here: World
+) -> bool:
+    """Run the race and show it; True if it came to its end. The race goes with this function: see `world.join`."""
+    race = Race(settings, corpus, device, here)
+    if args.checkpoint and args.checkpoint.exists():
+        race.load(args.checkpoint)
+    race.warm_up()
+    race_to_the_end(race, args.checkpoint)
+    if here.leads:
+        write(race, args.out)
+    return race.is_finished
 
 
 def race_to_the_end(race: Race, checkpoint: Path | None) -> None:

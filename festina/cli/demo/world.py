@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,12 +53,18 @@ class World:
 
 @contextmanager
 def join() -> Iterator[World]:
-    """The world that torchrun set up, or a world of one process."""
+    """The world that torchrun set up, or a world of one process.
+
+    Nothing that was made in it may be held when it ends. A parallel module holds on to the process group: one that outlives
+    `destroy_process_group` ends with the interpreter, and its threads may abort the process.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
     dist.init_process_group("gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size())
+        gc.collect()
+        dist.barrier()  # no process leaves while another one still writes
     finally:
         dist.destroy_process_group()
