@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -82,3 +86,35 @@ def compiled(*arguments: str) -> None:
     if (compiler := shutil.which("g++")) is None:
         pytest.skip("there is no g++")
     subprocess.run([compiler, "-std=gnu++17", "-fno-math-errno", "-fno-trapping-math", *arguments], check=True)
+
+
+def interrupt() -> None:
+    """What Python does on Ctrl-C, at `disturbed_at`."""
+    raise KeyboardInterrupt
+
+
+def disturbed_at(work: Callable[[], Any], where: ModuleType, instruction: int, disturb: Callable[[], Any]) -> bool:
+    """Do some work, and call `disturb` before the instruction of that number of those in a module or package. False if there
+    are fewer. A KeyboardInterrupt ends here."""
+    folder = str(Path(where.__file__ or "").parent) if hasattr(where, "__path__") else where.__file__
+    before, seen = sys.gettrace(), 0
+
+    def trace(frame, event, _):
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(folder):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            seen += 1
+            if seen == instruction:
+                disturb()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return seen >= instruction

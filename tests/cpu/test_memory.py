@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import itertools
 import os
+import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
-from on_core import needs_core
+from on_core import disturbed_at, interrupt, needs_core
 
+from festina.backends.cpu import abi, memory
 from festina.backends.cpu.memory import POOL, SMALL, Pool, fitting
 
 pytestmark = needs_core
@@ -30,17 +36,6 @@ def test_buffers_are_used_again_and_bounded():
     del large, two
     gc.collect()
     assert 0 < pool.idle <= pool.limit
-
-
-def test_a_buffer_comes_back_while_its_thread_takes_another():
-    """As when the garbage collector frees a graph inside of `take`."""
-    pool = Pool(limit=2**20)
-    tensor = pool.tensor(100_000)
-    with pool._lock:
-        del tensor
-    assert pool.idle == 0
-    pool.give(*pool.take(10))
-    assert pool.idle > 100_000
 
 
 def test_no_buffer_is_kept_when_the_pool_is_off():
@@ -77,11 +72,14 @@ def test_idle_buffers_can_be_released():
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_has_a_pool_of_its_own():
     POOL.give(*POOL.take(100_000))
-    with POOL._lock:
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if POOL.idle == 0 and POOL.take(100_000)[0] else 1)
+    idle = POOL.idle
+    child = os.fork()
+    if child == 0:
+        address, _ = POOL.take(100_000)
+        ctypes.memset(address, 1, 100_000)
+        os._exit(0 if POOL.idle < idle else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert POOL.idle == idle
 
 
 def test_a_buffer_serves_requests_of_half_its_size_and_more():
@@ -101,10 +99,9 @@ def test_the_buffers_unused_for_longest_are_freed():
     taken = [pool.take(size) for size in (100_000, 50_000, 100_000, 50_000, 100_000)]
     for buffer in taken:
         pool.give(*buffer)
-    left = list(pool._free.items())
-    assert left == taken[-len(left) :]
-    assert pool.idle == sum(size for _, size in left) <= pool.limit
-    assert sorted(left) == sorted((address, size) for size, addresses in pool._of_size.items() for address in addresses)
+    left = sorted((turn, (address, size)) for size, buffers in pool._free.items() for turn, address in buffers)
+    assert [buffer for _, buffer in left] == taken[-len(left) :]
+    assert pool.idle == sum(size for _, (_, size) in left) <= pool.limit
 
 
 def test_small_tensors_take_no_buffer():
@@ -114,3 +111,99 @@ def test_small_tensors_take_no_buffer():
         assert not pool.tensor(100).is_meta, "a default device counts elsewhere"
     del tensor
     assert pool.idle == 0
+
+
+class Memory:
+    """In place of the core's: addresses without memory, and what is in use."""
+
+    def __init__(self, monkeypatch):
+        self.addresses, self.allocated, self.in_use = itertools.count(1), set(), set()
+        monkeypatch.setattr(abi.core(), "allocate", self.allocate)
+        monkeypatch.setattr(abi.core(), "free", self.free)
+
+    def allocate(self, size):
+        address = next(self.addresses)
+        self.allocated.add(address)
+        return address
+
+    def free(self, address):
+        assert address not in self.in_use
+        self.allocated.remove(address)
+
+    def use(self, pool, wanted):
+        address, size = pool.take(wanted)
+        assert address in self.allocated
+        assert address not in self.in_use, "handed out twice"
+        self.in_use.add(address)
+        return address, size
+
+    def end(self, pool, buffer):
+        self.in_use.remove(buffer[0])
+        pool.give(*buffer)
+
+
+def idle_buffers(pool):
+    return [address for buffers in pool._free.values() for _, address in buffers]
+
+
+@pytest.mark.parametrize("disturbed", ["take", "take anew", "give", "give too much", "release"])
+@pytest.mark.parametrize("limit", [0, 3])
+def test_the_pool_survives_an_exception_and_a_collection_anywhere(disturbed, limit, monkeypatch):
+    """Ctrl-C between any two instructions; the garbage collector giving a buffer back there, as a graph is freed."""
+    fake, size = Memory(monkeypatch), fitting(100_000)[0]
+
+    def disturb(by_collector, instruction):
+        pool = Pool(limit * size)
+        one, two, three, four, spare = (fake.use(pool, 100_000) for _ in range(5))
+        for buffer in {"give": (one,), "give too much": (one, two, three)}.get(disturbed, (one, two)):
+            fake.end(pool, buffer)
+        if disturbed.startswith("give"):
+            fake.in_use.remove(four[0])  # it is no longer used, whether it comes back or not
+        work = {
+            "take": lambda: pool.take(60_000),
+            "take anew": lambda: pool.take(200_000),
+            "give": lambda: pool.give(*four),
+            "give too much": lambda: pool.give(*four),
+            "release": pool.release,
+        }[disturbed]
+        is_reached = disturbed_at(
+            work, memory, instruction, partial(fake.end, pool, spare) if by_collector else interrupt
+        )
+        buffers = idle_buffers(pool)
+        assert len(set(buffers)) == len(buffers)
+        assert pool.idle == size * len(buffers)
+        for wanted in (60_000, 100_000, 100_000, 100_000, 200_000):  # none is in use
+            fake.end(pool, (fake.use(pool, wanted)))
+        assert pool.idle <= pool.limit
+        pool.release()
+        assert not idle_buffers(pool)
+        fake.in_use.clear()
+        return is_reached
+
+    for by_collector in (False, True):
+        reached = next(n for n in itertools.count(1) if not disturb(by_collector, n))
+        assert reached > 10
+
+
+def test_threads_share_the_pool(monkeypatch):
+    fake, pool = Memory(monkeypatch), Pool(4 * fitting(100_000)[0])
+
+    def work(seed):
+        draw, held = random.Random(seed), []
+        for _ in range(1500):
+            if held and draw.random() < 0.5:
+                fake.end(pool, held.pop(draw.randrange(len(held))))
+            else:
+                held.append(fake.use(pool, draw.choice([60_000, 100_000, 150_000])))
+        for buffer in held:
+            fake.end(pool, buffer)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert 0 < pool.idle <= pool.limit
+    assert sorted(idle_buffers(pool)) == sorted(fake.allocated)

@@ -9,12 +9,12 @@ that work in little memory keep theirs in their plan (`festina/backends/cpu/plan
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
-import threading
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from functools import cache, lru_cache
+from itertools import count
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -30,7 +30,12 @@ _CPU = torch.device("cpu")  # a default device does not count here
 
 
 class Pool:
-    """A bounded list of free buffers, for any number of threads. A child process starts with a list of its own.
+    """A bounded list of free buffers, for any number of threads.
+
+    There is no lock: the garbage collector may call `give` in the middle of `take`, and a signal handler may raise between
+    any two instructions. Each change is one call of a deque's or dict's method, which either happens or does not, and
+    nothing is kept that would have to agree with the deques. What an exception can cost is the buffer that was on its way:
+    it is not used again.
 
     Args:
         limit: bytes that may lie idle.
@@ -38,74 +43,62 @@ class Pool:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.forget()
+        self._free: dict[
+            int, deque[tuple[int, int]]
+        ] = {}  # by size: when each buffer came, and its address; newest last
+        self._turns = count()
 
-    def forget(self) -> None:
-        """Start empty without freeing anything: after a fork, a thread that no longer exists may hold the lock."""
-        self._lock = threading.Lock()
-        self._free: OrderedDict[int, int] = OrderedDict()  # address: size, the one unused for longest first
-        self._of_size: defaultdict[int, deque[int]] = defaultdict(deque)  # the same addresses, in the same order
-        self._returned: deque[tuple[int, int]] = deque()  # on their way into `_free`
-        self.idle = 0
+    @property
+    def idle(self) -> int:
+        """Bytes of the buffers that wait for a call."""
+        return sum(size * len(buffers) for size, buffers in self._free.copy().items())
 
     def take(self, wanted: int) -> tuple[int, int]:
-        """A buffer of at least `wanted` bytes: its address, and the size to give it back with."""
+        """A buffer of at least `wanted` bytes: its address, and the size to give it back with.
+
+        Raises:
+            MemoryError: the system has none left.
+        """
         sizes = fitting(wanted)
-        with self._lock:
-            if self._returned:
-                self._sort_in()
-            for size in sizes:
-                if addresses := self._of_size.get(size):
-                    address = addresses.pop()
-                    del self._free[address]
-                    self.idle -= size
-                    return address, size
+        for size in sizes:
+            if buffers := self._free.get(size):
+                try:
+                    return buffers.pop()[1], size
+                except IndexError:  # another thread was faster
+                    pass
         fresh = abi.core().allocate(sizes[0])
         if not fresh:
             raise MemoryError(f"festina needs a buffer of {sizes[0]} bytes and the system has none left")
         return fresh, sizes[0]
 
     def give(self, address: int, size: int) -> None:
-        """Take back what `take` handed out. Without waiting: the garbage collector may call it in the middle of `take`."""
-        self._returned.append((address, size))
-        if self._lock.acquire(blocking=False):
-            try:
-                self._sort_in()
-            finally:
-                self._lock.release()
-
-    def _sort_in(self) -> None:
-        """Make what was returned available, and free what is too much; under the lock."""
-        while self._returned:
-            address, size = self._returned.popleft()
-            self._free[address] = size
-            self._of_size[size].append(address)
-            self.idle += size
-        if self.idle > self.limit:
-            self._shrink(self.limit)
+        """Take back what `take` handed out."""
+        buffers = self._free.get(size)
+        if buffers is None:
+            buffers = self._free.setdefault(size, deque())
+        buffers.append((next(self._turns), address))
+        self._shrink(self.limit)
 
     def _shrink(self, most: int) -> None:
-        """Free what was unused for longest until no more than `most` bytes lie idle; under the lock."""
+        """Free what was unused for longest until no more than `most` bytes lie idle."""
         while self.idle > most:
-            address, size = self._free.popitem(last=False)
-            self._of_size[size].popleft()  # the oldest of all is the oldest of its size
-            self.idle -= size
+            try:
+                oldest = min((buffers for buffers in self._free.copy().values() if buffers), key=itemgetter(0))
+                _, address = oldest.popleft()
+            except (ValueError, IndexError):  # other threads have taken what there was
+                continue
             abi.core().free(address)
 
     def release(self) -> None:
         """Free every idle buffer."""
-        with self._lock:
-            self._sort_in()
-            self._shrink(0)
+        self._shrink(0)
 
     def tensor(self, wanted: int) -> Tensor:
         """A `uint8` tensor on a buffer, which goes back when the last tensor on it is dropped; a small one is torch's own."""
         if wanted <= SMALL:
             return torch.empty(wanted, dtype=torch.uint8, device=_CPU)
         address, size = self.take(wanted)
-        lease = _lease_type(size).from_address(address)
-        lease.pool, lease.address = self, address
-        return torch.frombuffer(lease, dtype=torch.uint8, count=wanted)
+        return torch.frombuffer(_lease_type(self, size).from_address(address), dtype=torch.uint8, count=wanted)
 
 
 def rounded(size: int) -> int:
@@ -127,16 +120,15 @@ def fitting(wanted: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _give_back(lease: Any, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-    if not is_finalizing():  # then this module's own names may be gone, and the system takes everything back
-        lease.pool.give(lease.address, ctypes.sizeof(lease))
-
-
 @cache
-def _lease_type(size: int) -> Any:
+def _lease_type(pool: Pool, size: int) -> Any:
     """An owner of `size` bytes for `torch.frombuffer` to hold on to. There are eight sizes to a power of two."""
-    return type("Lease", (ctypes.c_char * size,), {"__del__": _give_back})
+
+    def give_back(lease: Any, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # then this module's own names may be gone, and the system takes everything back
+            pool.give(ctypes.addressof(lease), size)
+
+    return type("Lease", (ctypes.c_char * size,), {"__del__": give_back})
 
 
 POOL = Pool(environment.pool_limit()[0])  # a wrong value ends in `abi.library`, before anything is taken
-os.register_at_fork(after_in_child=POOL.forget)
