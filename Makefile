@@ -1,9 +1,11 @@
-# make demo | test | sanitize | lint | bench | info | format | wheel | clean. Everything happens in .venv, which is made on first use.
+# make demo | test | lint | bench | info | format | wheel | clean. Everything happens in .venv, which is made on first use.
+# make sanitize | fuzz | mutants | soak: longer tests; docs/trust.md says of what.
 #
 # PYTHON=python3.12 make test     another Python (3.10 or later)
 # make test-torch TORCH=2.10      another PyTorch (2.10 or later)
 # make test-triton TRITON=3.6.0   kernels compiled by another Triton; without TRITON=, by the oldest that is served
 # make demo ARGS="--steps 200"    arguments for the program behind a target
+# make fuzz SECONDS=600           how long to fuzz, or to soak
 #
 # Packages come from wherever pip (or uv, if it is installed) is set to look.
 
@@ -29,12 +31,14 @@ else
 install = $(PY) -m pip install $(1)
 endif
 
+SECONDS ?= 600
+
 .DEFAULT_GOAL := help
-.PHONY: help setup info demo bench test sanitize test-torch test-triton lint format wheel clean distclean
+.PHONY: help setup info demo bench test sanitize fuzz mutants soak test-torch test-triton lint format wheel clean distclean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,8s/^# \{0,1\}//p' Makefile
+	@sed -n '1,10s/^# \{0,1\}//p' Makefile
 
 # Three stamps, so that a change costs only what it must: the environment, torch, and festina with its tools.
 $(VENV)/.made:
@@ -70,31 +74,51 @@ bench: setup
 test: setup
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --numprocesses $(JOBS) $(ARGS)
 
-# The core under AddressSanitizer and UndefinedBehaviorSanitizer, which end the run at the first error: csrc/tests, then a slice
-# of the suite. One instruction set, `wide` (AVX-512's kernels on AVX2), in one library. Checks of each single address are left
-# to AddressSanitizer: with UndefinedBehaviorSanitizer's, compiling takes several times as long. For x86-64 with AVX2.
+# The core under AddressSanitizer and UndefinedBehaviorSanitizer, which end the run at the first error: csrc/tests, a slice of
+# the suite, random calls. Then threads under ThreadSanitizer, on a stand-in for OpenMP, as it cannot see into libgomp. One
+# instruction set, `wide` (AVX-512's kernels on AVX2), in one library. Checks of each single address are left to
+# AddressSanitizer: with UndefinedBehaviorSanitizer's, compiling takes several times as long. For x86-64 with AVX2.
 SANITIZE := build/sanitize
-SANITIZED := g++ -std=gnu++17 -O1 -g1 -march=x86-64-v3 -Wno-psabi -fno-math-errno -fno-trapping-math -fno-omit-frame-pointer \
-  -fsanitize=address,undefined -fno-sanitize=null,alignment,object-size,pointer-overflow -fno-sanitize-recover=all
-PRELOADED = $(foreach name,asan stdc++,$(shell g++ -print-file-name=lib$(name).so))
+COMPILED := g++ -std=gnu++17 -O1 -g1 -march=x86-64-v3 -Wno-psabi -fno-math-errno -fno-trapping-math -fno-omit-frame-pointer
+SANITIZED := $(COMPILED) -fsanitize=address,undefined -fno-sanitize=null,alignment,object-size,pointer-overflow \
+  -fno-sanitize-recover=all
+CORE := -fPIC -shared -fvisibility=hidden -DFESTINA_TESTING csrc/api.cc csrc/dispatch.cc csrc/isa/wide.cc
+preloaded = LD_PRELOAD="$(foreach name,$(1),$(shell g++ -print-file-name=lib$(name).so))"
+ASAN := FESTINA_CORE=$(SANITIZE) FESTINA_POOL_MB=0 $(call preloaded,asan stdc++) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1
+TSAN := FESTINA_CORE=$(SANITIZE)/threads FESTINA_POOL_MB=0 $(call preloaded,tsan) OMP_NUM_THREADS=1
 
 sanitize: setup
-	$(MAKE) --jobs=2 $(SANITIZE)/libfestina_core.so $(SANITIZE)/test_core
+	$(MAKE) --jobs=2 $(SANITIZE)/libfestina_core.so $(SANITIZE)/test_core $(SANITIZE)/threads/libfestina_core.so
 	$(SANITIZE)/test_core
-	FESTINA_CORE=$(SANITIZE) FESTINA_POOL_MB=0 LD_PRELOAD="$(PRELOADED)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	  $(PY) -m pytest -p no:cacheprovider --numprocesses 2 tests/test_backends.py tests/test_call.py tests/cpu -k "$(SLICE)" $(ARGS)
+	$(ASAN) $(PY) -m pytest -p no:cacheprovider --numprocesses 2 tests/test_backends.py tests/test_call.py tests/cpu \
+	  -k "$(SLICE)" $(ARGS)
+	$(ASAN) $(PY) tests/fuzz.py calls wrong --seconds 60
+	$(TSAN) $(PY) -m pytest -p no:cacheprovider -p no:xdist tests/cpu -k "share_the_work or in_several"
 
 # Odd widths with every feature; threads, segments of long sequences, bfloat16; calls made by hand.
 SLICE := cpu and matches_reference and (H9 or H63) or share_the_work or in_several or every_instruction_set or \
-  a_wrong_call or right_calls or of_other_outputs or is_not_trusted
+  a_wrong_call or right_calls or of_other_outputs or is_not_trusted or without_numbers
+
+fuzz: setup
+	$(PY) tests/fuzz.py --seconds $(SECONDS) $(ARGS)
+
+mutants: setup
+	$(PY) tests/mutants.py $(ARGS)
+
+soak: setup
+	$(PY) tests/soak.py --seconds $(SECONDS) $(ARGS)
 
 $(SANITIZE)/libfestina_core.so: $(SOURCES)
 	@mkdir -p $(@D)
-	$(SANITIZED) -fPIC -shared -fvisibility=hidden -DFESTINA_TESTING csrc/api.cc csrc/dispatch.cc csrc/isa/wide.cc -lgomp -o $@
+	$(SANITIZED) $(CORE) -lgomp -o $@
 
 $(SANITIZE)/test_core: $(SOURCES)
 	@mkdir -p $(@D)
 	$(SANITIZED) -DISA=wide '-DVECTOR_HEADER="../simd/wide.h"' csrc/tests/test_core.cc -o $@
+
+$(SANITIZE)/threads/libfestina_core.so: $(SOURCES)
+	@mkdir -p $(@D)
+	$(COMPILED) -fsanitize=thread $(CORE) csrc/tests/threads.cc -pthread -o $@
 
 # Lint belongs to the usual PyTorch; the suite runs on any.
 test-torch: test

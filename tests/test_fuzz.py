@@ -1,0 +1,17 @@
+"""The first examples of each target of fuzz.py; `make fuzz` runs more."""
+
+from __future__ import annotations
+
+import warnings
+
+import fuzz
+import pytest
+
+COUNTS = {"calls": 25, "wrong": 60, "files": 40, "plans": 60}
+
+
+@pytest.mark.parametrize("target", fuzz.TARGETS)
+def test_first_examples(target: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # drawn at random, some layers are not worth having
+        assert fuzz.examples(target, seed=0, count=COUNTS[target]) == COUNTS[target]
