@@ -95,9 +95,9 @@ sanitize: setup
 	$(ASAN) $(PY) tests/fuzz.py calls wrong --seconds 60
 	$(TSAN) $(PY) -m pytest -p no:cacheprovider -p no:xdist tests/cpu -k "share_the_work or in_several"
 
-# Odd widths with every feature; threads, segments of long sequences, bfloat16; calls made by hand.
+# Odd widths with every feature; threads, segments of long sequences, bfloat16; calls made by hand; calls that are ended.
 SLICE := cpu and matches_reference and (H9 or H63) or share_the_work or in_several or every_instruction_set or \
-  a_wrong_call or right_calls or of_other_outputs or is_not_trusted or without_numbers
+  a_wrong_call or right_calls or of_other_outputs or is_not_trusted or without_numbers or end_together
 
 fuzz: setup
 	$(PY) tests/fuzz.py --seconds $(SECONDS) $(ARGS)

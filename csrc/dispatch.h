@@ -4,14 +4,20 @@
 
 namespace festina {
 
-// Calls body(context, worker, workers) on up to `threads` threads at once.
+// Calls body(context, worker, workers) on up to `threads` threads at once. Worker 0 is the calling thread.
 using Parallel = void (*)(long threads, void* context, void (*body)(void* context, long worker, long workers));
+
+// What the kernels of a cell under a plan are, where there are any.
+struct Kind {
+  bool has_kernels, has_c, is_diagonal;
+  int gates;
+};
 
 struct Isa {
   const char* name;
-  bool (*has_kernels)(const FestinaCall& call);
+  Kind (*kind_of)(const FestinaCall& call);
   FestinaBytes (*bytes)(const FestinaCall& call);
-  void (*run)(const FestinaCall& call, Parallel parallel);
+  bool (*run)(const FestinaCall& call, Parallel parallel);  // false: `go_on` has ended it
   uint64_t (*digest)(const void* memory, uint64_t bytes);
 };
 

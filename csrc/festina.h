@@ -13,8 +13,10 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-#define FESTINA_VERSION 5
+#define FESTINA_VERSION 6
 #define FESTINA_MOST_THREADS 256
+#define FESTINA_MOST_SIZE (INT64_C(1) << 40)  /* of T, B, I, H, P and N, each */
+#define FESTINA_MOST_BYTES (INT64_C(1) << 62) /* of all tensors and buffers of a call together */
 
 /* clang-format off */
 
@@ -54,7 +56,8 @@ extern "C" {
 #define FESTINA_STATUSES(VALUE)                  \
   VALUE(status, FESTINA_OK, "ok")                \
   VALUE(status, FESTINA_ERROR, "error")          \
-  VALUE(status, FESTINA_STALE, "stale")
+  VALUE(status, FESTINA_STALE, "stale")          \
+  VALUE(status, FESTINA_ENDED, "ended")
 
 /* The parameters of one direction: a subset of LayerSpec.parameter_shapes. */
 #define FESTINA_PARAMETER_NAMES(PARAMETER)       \
@@ -84,15 +87,16 @@ extern "C" {
   FIELD(int64_t, T)                                                                                                    \
   FIELD(int64_t, B)                                                                                                    \
   FIELD(int64_t, I)                                                                                                    \
-  FIELD(int64_t, H)                                                                                                    \
-  FIELD(int64_t, P)                                                                                                    \
-  FIELD(int64_t, N)                                                                                                    \
-  FIELD(double, eps)                                                                                                   \
-  FIELD(double, zoneout)                                                                                               \
+  FIELD(int64_t, H)                /* at least 1 */                                                                    \
+  FIELD(int64_t, P)                /* at least 1; H without weight_hr */                                               \
+  FIELD(int64_t, N)                /* the sum of batch_sizes */                                                        \
+  FIELD(double, eps)               /* finite, at least 0 */                                                            \
+  FIELD(double, zoneout)           /* in [0, 1] */                                                                     \
   FIELD(double, zoneout_cell)                                                                                          \
   FIELD(int64_t, has_zoneout)      /* by a mask or by a rate */                                                        \
   FIELD(int64_t, has_zoneout_cell)                                                                                     \
-  FIELD(const int64_t*, batch_sizes)       /* [T]; null: B rows at every step */                                       \
+  FIELD(FestinaGoOn, go_on)        /* null: nothing ends the call */                                                   \
+  FIELD(const int64_t*, batch_sizes)       /* [T], from at most B down to at least 1; null: B rows at every step */    \
   FIELD(const uint8_t*, resets)            /* [D, N] */                                                                \
   FIELD(const uint8_t*, zoneout_mask)      /* [D, N, P] */                                                             \
   FIELD(const uint8_t*, zoneout_cell_mask) /* [D, N, H] */                                                             \
@@ -140,7 +144,9 @@ enum FestinaParameter { FESTINA_PARAMETER_NAMES(FESTINA_ENUMERATOR) FESTINA_PARA
 
 typedef const void* FestinaParameters[2][FESTINA_PARAMETERS]; /* of each direction */
 typedef void* FestinaGradients[2][FESTINA_PARAMETERS];
-typedef uint64_t FestinaSizes[2][FESTINA_PARAMETERS];
+
+/* Asked soon after the beginning and then about every 0.1 s, on the thread that made the call; 0 ends the call. */
+typedef int (*FestinaGoOn)(void);
 
 #define FESTINA_MEMBER(type, name) type name;
 typedef struct {
@@ -157,7 +163,7 @@ int festina_version(void);
 
 /* This file and kernels.inc as text, one entry a line, its words separated by single spaces:
 
-     version 5
+     version 6
      size <struct> <bytes>
      field <struct> <name> <type> <offset> <count>     type: i64, u64, f64 or pointer; count: more than 1 for an array
      value <enum> <name> <integer>                     enum: pass, type, cell, placement, groups, cell_norm or status
@@ -166,23 +172,33 @@ int festina_version(void);
      kernel <cell> <placement> <cell_norm>             everything that festina_run computes */
 const char* festina_layout(void);
 
+/* Every function checks what it is given: each field, the sizes that follow from several, and the pointers that the pass needs
+   and that are null. What it refuses is FESTINA_ERROR, with festina_error() naming the field, what was wanted and what came,
+   and nothing written. A tensor without elements may be null. What a pointer that is not null points to is taken on trust:
+   that it is as large as the fields say, and on a cache line if it is panels, saved or workspace.
+
+   A pass needs input, h_0 and output, panels and workspace, weight_ih and weight_hh of each direction, c_0 for a cell with a c;
+   besides these inference h_n and c_n, training h_n, c_n and saved, backward saved. The rest may be null; the gradient of a
+   parameter that is null has to be. */
+
 /* How many bytes the call needs; of the pointers only those of parameters and gradients count (null or not).
-   FESTINA_OK, or FESTINA_ERROR with festina_error() telling why. */
+   FESTINA_OK or FESTINA_ERROR. */
 int festina_bytes(const FestinaCall* call, FestinaBytes* bytes);
 
-/* Carries out a pass. FESTINA_OK, or FESTINA_ERROR with festina_error() telling why. */
+/* Carries out a pass. FESTINA_OK; FESTINA_ERROR; or FESTINA_ENDED if `go_on` ended it: then outputs, panels, saved and gradients
+   are half-written. */
 int festina_run(const FestinaCall* call);
 
-/* Memory on cache lines, and on huge pages where it is large; null if none is left. */
+/* Memory on cache lines, and on huge pages where it is large; null if there is not as much. */
 void* festina_allocate(uint64_t bytes);
 void festina_free(void* memory);
 
 /* The address of each parameter, mixed with its values, all of them or a few: it tells parameters that were rewritten from
-   those that filled the panels. `bytes` is the size of each. */
-uint64_t festina_fingerprint(const FestinaCall* call, const FestinaSizes bytes, int is_whole);
+   those that filled the panels. 0 for a call that festina_bytes refuses, with festina_error(), and never else. */
+uint64_t festina_fingerprint(const FestinaCall* call, int is_whole);
 
 /* festina_run if the parameters still have this fingerprint; else FESTINA_STALE, with nothing done. */
-int festina_run_panels(const FestinaCall* call, const FestinaSizes bytes, int is_whole, uint64_t fingerprint);
+int festina_run_panels(const FestinaCall* call, int is_whole, uint64_t fingerprint);
 
 /* What went wrong in this thread's last call that returned FESTINA_ERROR. */
 const char* festina_error(void);

@@ -23,6 +23,12 @@ constexpr Value values[] = {
 #undef VALUE
 };
 
+constexpr const char* parameter_names[] = {
+#define PARAMETER(index, name) name,
+    FESTINA_PARAMETER_NAMES(PARAMETER)
+#undef PARAMETER
+};
+
 // The name by which callers know a value.
 inline const char* name_of(const char* kind, int64_t value) {
   for (const Value& v : values)
@@ -61,9 +67,7 @@ struct Layout {
     FESTINA_BYTES(FIELD)
 #undef FIELD
     for (const Value& v : values) line("value %s %s %d", v.kind, v.name, v.value);
-#define PARAMETER(index, name) line("parameter %s %d", name, index);
-    FESTINA_PARAMETER_NAMES(PARAMETER)
-#undef PARAMETER
+    for (int i = 0; i < FESTINA_PARAMETERS; ++i) line("parameter %s %d", parameter_names[i], i);
     line("constant most_threads %d", FESTINA_MOST_THREADS);
 #define KERNEL(cell, placement, cell_norm, Cell) \
   line("kernel %s %s %s", name_of("cell", cell), name_of("placement", placement), name_of("cell_norm", cell_norm));

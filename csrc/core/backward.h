@@ -120,13 +120,14 @@ template <class E> struct Backward {
     });
   }
 
-  // Goes back over the next segment: as many steps as there are slots for, and at least one.
+  // Goes back over the next segment: as many steps as there are slots for, and at least one; fewer if the call is to end.
   Segment run_segment() {
     long most = s.segment_rows();
     Segment done{part.team * most + part.row, 0, 0};
     while (steps_left > 0 && (done.rows == 0 || done.rows + order.rows(steps_left - 1) <= most)) {
-      step(--steps_left, done.slot + done.rows);
+      bool is_ended = step(--steps_left, done.slot + done.rows);
       done.rows += order.rows(steps_left);
+      if (is_ended) break;
     }
     done.steps_left = steps_left;
     return done;
@@ -224,7 +225,8 @@ template <class E> struct Backward {
     my.sums.clear(sum_of_c, rows), my.sums.clear(sum_of_c + 1, rows);
   }
 
-  void step(long t, long slot) {
+  // True if the call is to end.
+  bool step(long t, long slot) {
     long rows = order.rows(t), token = order.token(t);
     finish_step_backward(t, slot);
     read_sums(t, rows);
@@ -260,15 +262,14 @@ template <class E> struct Backward {
     }
     norms_backward(p);
     if (s.is_paired) narrow_products(p, slot);
-    if (s.traits.is_diagonal)
-      part.wait();
-    else
-      recurrent_product_backward(p, slot, prefetch_of(t - 1, rows));
+    part.look(s.work(rows) / part.members);
+    bool is_ended = s.traits.is_diagonal ? part.wait() : recurrent_product_backward(p, slot, prefetch_of(t - 1, rows));
     for (long r = 0; r < rows; ++r) {
       if (!order.is_reset(call, t, r)) continue;
       clear_row(b.d_h, first_P, end_P, part.row + r);
       if (s.traits.has_c) clear_row(b.d_c, first, end, part.row + r);
     }
+    return is_ended;
   }
 
   void narrow_products(const CellStep<E>& p, long slot) const {
@@ -278,8 +279,9 @@ template <class E> struct Backward {
           for (long r = 0; r < p.rows; ++r) narrow(p.d_v[side], n, r, b.pairs[side], slot + r);
   }
 
-  // d_h from the gradients of products. A thread begins with those of its own chunks, while others finish theirs.
-  void recurrent_product_backward(const CellStep<E>& p, long slot, LinePrefetch<E> ahead) const {
+  // d_h from the gradients of products. A thread begins with those of its own chunks, while others finish theirs. True if the
+  // call is to end.
+  bool recurrent_product_backward(const CellStep<E>& p, long slot, LinePrefetch<E> ahead) const {
     int side = s.traits.sides - 1;
     long gates = s.traits.gates, depth = s.depth(s.columns() * chunk<E>), panel = depth * chunk<E>;
     bool is_begun = p.is_h_kept || !s.traits.has_c;
@@ -287,24 +289,28 @@ template <class E> struct Backward {
     auto sum_over = [&](auto left, long from, long stop) {
       using F = typename decltype(left)::Element;
       if (from == stop) return;
-      multiply<F>({left.data, my.chunk_at, left.stride()}, p.rows,
-                  {(const F*)b.panels.recurrent + first_P * panel + from * chunk<F>, panel}, end_P - first_P, stop - from,
-                  {p.d_h.at(first_P, 0), my.chunk_at, p.d_h.stride()}, is_begun, {}, [&] { ahead(); });
+      part.in_pieces(end_P - first_P, 1, p.rows * (stop - from) * chunk<F>, [&](long n, long some) {
+        multiply<F>({left.data, my.chunk_at, left.stride()}, p.rows,
+                    {(const F*)b.panels.recurrent + (first_P + n) * panel + from * chunk<F>, panel}, some, stop - from,
+                    {p.d_h.at(first_P + n, 0), my.chunk_at, p.d_h.stride()}, is_begun, {}, [&] { ahead(); });
+      });
       is_begun = true;
     };
     if constexpr (can_pair<E>) {
       if (s.is_paired) {  // two columns share a chunk of pairs, and may belong to two threads
-        part.wait();
-        return sum_over(from_row(b.pairs[side], slot), 0, depth);
+        bool is_ended = part.wait();
+        sum_over(from_row(b.pairs[side], slot), 0, depth);
+        return is_ended;
       }
     }
     auto columns = [&](long column, long stop) {
       sum_over(Blocked<E>{p.d_v[side].at(column, 0), p.d_v[side].rows}, column * chunk<E>, stop * chunk<E>);
     };
     columns(first * gates, end * gates);
-    part.wait();
+    bool is_ended = part.wait();
     columns(0, first * gates);
     columns(end * gates, s.columns());
+    return is_ended;
   }
 
   // What the kernels of step t will read first, to be prefetched a few lines at a time during the product of the step at

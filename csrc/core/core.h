@@ -69,7 +69,8 @@ template <class E> struct Core {
     long* starts = common.starts;
     starts[0] = 0;
     for (long t = 0; t < s.T; ++t) starts[t + 1] = starts[t] + (call.batch_sizes ? call.batch_sizes[t] : s.B);
-    for (long i = 0; i < 1 + 2 * s.threads; ++i) common.barriers[i] = {};
+    *common.watch = {call.go_on, 0, 0, 0};
+    for (long i = 0; i < 1 + 2 * s.threads; ++i) common.barriers[i] = {common.watch, 0, 0, false};
     for (int i = 0; i < task_lists; ++i) common.tasks[i] = {};
     if (call.pass == FESTINA_BACKWARD && call.d_input && s.directions == 2)  // both directions add to it
       __builtin_memset(call.d_input, 0, s.N * s.I * (is_bfloat16 ? 2 : sizeof(E)));
@@ -78,14 +79,14 @@ template <class E> struct Core {
   void run(long worker, long workers) const {
     ThreadMemory memory = thread_memory(worker);
     for (long r = 0; r < memory.scratch.sums.rows; ++r) memory.scratch.chunk_at[r] = r * chunk<E>;
-    Part part = part_of(s, common.starts, worker, workers, common.barriers);
+    Part part = part_of(s, common.starts, worker, workers, common.barriers, common.watch);
     if (call.pass == FESTINA_BACKWARD)
       run_backward(memory, part, worker, workers);
     else
       run_forward(memory, part, worker, workers);
   }
 
-  void wait(long workers) const { common.barriers[0].wait(workers); }
+  bool wait(long workers) const { return common.barriers[0].wait(workers); }
 
   Means<E> means(long d) const { return call.pass == FESTINA_BACKWARD ? backward[d].saved.means : forward[d].means; }
 
@@ -137,8 +138,9 @@ template <class E> struct Core {
 
   void run_forward(const ThreadMemory& memory, const Part& part, long worker, long workers) const {
     if (!call.has_panels) fill_forward_panels(worker, workers);
-    for (long d = part.direction; !part.is_idle && d < part.end_direction; ++d)
-      Forward<E>(call, s, kernels, part, memory.scratch, forward[d], common.starts, d).run();
+    bool is_ended = part.is_idle;
+    for (long d = part.direction; !is_ended && d < part.end_direction; ++d)
+      is_ended = Forward<E>(call, s, kernels, part, memory.scratch, forward[d], common.starts, d).run();
   }
 
   void fill_backward_panels(long worker, long workers) const {
@@ -173,13 +175,14 @@ template <class E> struct Core {
     for (long begun = 0; begun < s.directions; begun += together) {
       long d = together == 1 ? begun : part.direction;
       gradients.direction = begun, gradients.end_direction = begun + together, gradients.is_first = true;
-      run_segments(gradients, part, memory, d, worker, workers, round);
+      if (run_segments(gradients, part, memory, d, worker, workers, round)) return;
     }
-    common.tasks[task_lists - 1].share([&](long task) { return gradients.finish(task); });
+    common.tasks[task_lists - 1].share(part, [&](long task) { return gradients.finish(task); });
   }
 
-  // All segments of one direction, or of both at once: first the recurrence, then the gradients summed over its rows.
-  void run_segments(Gradients<E>& gradients, const Part& part, const ThreadMemory& memory, long d, long worker, long workers,
+  // All segments of one direction, or of both at once: first the recurrence, then the gradients summed over its rows. True if
+  // the call is to end.
+  bool run_segments(Gradients<E>& gradients, const Part& part, const ThreadMemory& memory, long d, long worker, long workers,
                     long& round) const {
     Backward<E> recurrence(call, s, kernels, part, memory.scratch, backward[d], memory.d_vectors[d], common.starts, d);
     for (bool has_steps_left = true; has_steps_left; ++round, gradients.is_first = false) {
@@ -187,21 +190,22 @@ template <class E> struct Core {
         Segment done = recurrence.run_segment();
         if (part.member == 0) common.segments[d * s.threads + part.team] = done;
       }
-      wait(workers);
+      if (wait(workers)) return true;
       has_steps_left = gradients.has_steps_left();
       Tasks *now = common.tasks + round % 2 * 3, *next = common.tasks + (round + 1) % 2 * 3;
       if (worker == 0) next[0] = next[1] = next[2] = {};
       if (s.is_paired) {
-        now[0].share([&](long task) { return gradients.pair(task); });
-        wait(workers);
+        now[0].share(part, [&](long task) { return gradients.pair(task); });
+        if (wait(workers)) return true;
       }
-      now[1].share([&](long task) { return gradients.sum_segment(task); });
-      wait(workers);
+      now[1].share(part, [&](long task) { return gradients.sum_segment(task); });
+      if (wait(workers)) return true;
       if (!gradients.is_turn_needed()) continue;
-      now[2].share([&](long task) { return gradients.sum_turn(task); });
-      wait(workers);
+      now[2].share(part, [&](long task) { return gradients.sum_turn(task); });
+      if (wait(workers)) return true;
     }
     if (!part.is_idle) recurrence.finish();
+    return false;
   }
 };
 

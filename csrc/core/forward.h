@@ -54,7 +54,8 @@ template <class E> struct Forward {
         end(part.end(s.H_chunks)), first_P(part.first(s.P_chunks)), end_P(part.end(s.P_chunks)),
         is_training(call.pass == FESTINA_TRAINING) {}
 
-  void run() {
+  // True if the call is to end.
+  bool run() {
     for (long r = 0; r < part.end_row - part.row; ++r) load_state(r, 0, false);
     long most = order.rows(order.d == 0 ? 0 : s.T - 1);
     for (long r = most; r < part.end_row - part.row; ++r) store_state(r, 0);
@@ -64,8 +65,10 @@ template <class E> struct Forward {
       long stop = t, rows = 0;
       while (stop < s.T && (rows == 0 || rows + order.rows(stop) <= input_product_rows)) rows += order.rows(stop++);
       input_product(t, stop);
-      for (long index = 0; t < stop; index += order.rows(t++)) step(t, index);
+      for (long index = 0; t < stop; index += order.rows(t++))
+        if (step(t, index)) return true;
     }
+    return false;
   }
 
   // The row of the products at which those of step t begin.
@@ -119,10 +122,14 @@ template <class E> struct Forward {
     long depth = s.depth(s.I), panel = depth * chunk<E>;
     with_factor<E>(s.is_paired, Two{}, E{}, [&](auto e) {
       using F = decltype(e);
-      multiply<F>({(const F*)left, my.left_at, chunk<F>}, count, {(const F*)b.panels.input + column * panel, panel}, columns,
-                  depth, to, has_inner, squares(is_normed, 0, count));
+      Squares<E> sums = squares(is_normed, 0, count);
+      part.in_pieces(columns, s.traits.gates, count * panel, [&](long n, long some) {
+        multiply<F>({(const F*)left, my.left_at, chunk<F>}, count, {(const F*)b.panels.input + (column + n) * panel, panel},
+                    some, depth, {to.data + n * to.stride, to.row_at, to.stride}, has_inner, sums);
+      });
     });
     if (is_normed) unnormalized = count;
+    part.look(count * columns * chunk<E> * depth);
   }
 
   // One row of a bfloat16 input as the product takes it.
@@ -150,9 +157,11 @@ template <class E> struct Forward {
         for (long r = 0; r < rows; ++r) narrow(h_old, n, r, my.pairs, r);
     with_factor<E>(s.is_paired, my.pairs, h_old, [&](auto left) {
       using F = typename decltype(left)::Element;
-      multiply<F>({left.data, my.chunk_at, left.stride()}, rows, {(const F*)b.panels.recurrent + column * panel, panel},
-                  columns, depth, {to.at(column, 0), my.chunk_at, to.stride()}, s.traits.sides == 1,
-                  squares(is_normed_h(), 1, rows));
+      Squares<E> sums = squares(is_normed_h(), 1, rows);
+      part.in_pieces(columns, s.traits.gates, rows * panel, [&](long n, long some) {
+        multiply<F>({left.data, my.chunk_at, left.stride()}, rows, {(const F*)b.panels.recurrent + (column + n) * panel, panel},
+                    some, depth, {to.at(column + n, 0), my.chunk_at, to.stride()}, s.traits.sides == 1, sums);
+      });
     });
   }
 
@@ -185,8 +194,8 @@ template <class E> struct Forward {
         for (int l = 0; l < chunk<E>; ++l) to.data[to.row_at[r] + n * to.stride + l] = value[n * chunk<E> + l];
   }
 
-  // Step t, whose rows begin at `index` within the segment.
-  void step(long t, long index) {
+  // Step t, whose rows begin at `index` within the segment. True if the call is to end.
+  bool step(long t, long index) {
     long rows = order.rows(t), at = product_row(t, index), now = t % 2;
     Blocked<E> v_x = from_row(b.v[0], at), v_h = from_row(b.v[1], is_training ? at : part.row);
     E* scale_x = my.scale[0] + index * max_gates;
@@ -217,7 +226,8 @@ template <class E> struct Forward {
     if (is_training && part.member == 0) keep_sums(t, rows, scale_x);
     finish_step(t);
     start_rows(t + 1);
-    if (t + 1 < s.T) part.wait();
+    part.look(s.work(rows) / part.members);
+    return t + 1 < s.T && part.wait();
   }
 
   void keep_sums(long t, long rows, const E* scale_x) {

@@ -42,14 +42,16 @@ struct Segment {
 struct alignas(64) Tasks {
   long next;
 
-  template <class Task> void share(Task task) {
-    while (task(__atomic_fetch_add(&next, 1, __ATOMIC_RELAXED))) {}
+  // Until none is left, or the call ends.
+  template <class Task> void share(const Part& part, Task task) {
+    while (!part.watch->is_ended() && task(__atomic_fetch_add(&next, 1, __ATOMIC_RELAXED))) part.look(Watch::enough);
   }
 };
 constexpr int task_lists = 7;  // three passes over a segment, for even and odd segments, and the last pass
 
 // What all threads share.
 struct Common {
+  Watch* watch;
   long* starts;
   Barrier* barriers;
   Tasks* tasks;
@@ -58,6 +60,7 @@ struct Common {
 
 inline Common take_common(Arena& arena, const Shape& s) {
   Common c;
+  c.watch = arena.take<Watch>(1);
   c.starts = arena.take<long>(s.T + 1);
   c.barriers = arena.take<Barrier>(1 + 2 * s.threads);
   c.tasks = arena.take<Tasks>(task_lists);

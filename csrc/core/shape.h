@@ -64,6 +64,8 @@ struct Shape {
 
   long sums_saved() const { return groups * (traits.is_normed[0] + traits.is_normed[1]) + (traits.has_norm_c ? 2 : 0); }
   long columns() const { return traits.gates * H_chunks; }
+  // About as many multiplications as a step of so many rows costs: those of the product, and the functions of each gate.
+  long work(long rows) const { return rows * traits.gates * H * ((traits.is_diagonal ? 0 : P) + 32); }
   long depth(long terms) const { return is_paired ? ceil_div(terms, 2) : terms; }  // of a product that sums `terms` terms
   // Threads of a team, so that none reads much more than weights_a_thread at every step.
   long team_size() const { return traits.is_diagonal ? 1 : max(1, columns() * depth(P) * cache_line / weights_a_thread); }

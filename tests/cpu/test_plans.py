@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from on_core import needs_core, run
+from on_core import disturbed_at, interrupt, needs_core, run
 
 from festina import norms, reference
+from festina.backends import cpu
 from festina.backends.cpu import CPU, abi, memory, plans
 from festina.spec import CELLS, LayerSpec
 from festina.testing import TOLERANCES, Case, assert_close, evaluate, widened
@@ -68,7 +69,7 @@ def test_an_error_of_the_core_is_raised_and_leaves_nothing_half_done(monkeypatch
     right = plans.constants(call.layer)
     monkeypatch.setattr(plans, "constants", lambda _: {**right, "cell": 99})
     plans.make_plan.cache_clear()
-    with pytest.raises(RuntimeError, match="there is no kernel for cell unknown"):
+    with pytest.raises(RuntimeError, match=r"cell must be one of 0 .*, got 99"):
         CPU.forward_train(call)
     monkeypatch.undo()
     plans.make_plan.cache_clear()
@@ -82,3 +83,35 @@ def test_threads_are_as_many_as_the_products_are_worth(cell, products, monkeypat
     N = -(-2 * plans.WORK_A_THREAD // products)
     layer = LayerSpec(CELLS[cell])
     assert [plans.threads_for(layer, n, 16, 8, 8) for n in (1, N - 1, N, 100 * N)] == [1, 1, 2, 4]
+
+
+@pytest.mark.parametrize("kind", ["forward", "step", "training"])
+def test_a_call_that_is_interrupted_anywhere_leaves_nothing_behind(kind):
+    """Ctrl-C between any two instructions of the backend: the next call has its own numbers, with the next weights too."""
+    call, cotangents = Case("lstm", norms.HASTE, T=1, B=2, H=9).build()
+    state = call.h_0[0], call.c_0[0]
+
+    def work():
+        if kind == "forward":
+            return CPU.forward(call)
+        if kind == "training":
+            return evaluate(run, call, cotangents)
+        step = CPU.step(
+            layer=call.layer,
+            parameters=call.parameters,
+            input=call.input,
+            state=state,
+            rates=(call.zoneout, call.zoneout_cell),
+        )
+        return step or CPU.forward(call)
+
+    instruction = 1
+    while disturbed_at(work, cpu, instruction, interrupt):
+        if instruction % 16 == 0:
+            call.parameters[1].data[0, 0] += 1
+        h = CPU.forward(call)[1]
+        torch.testing.assert_close(h, CPU.forward_train(call)[0].h_n, rtol=1e-5, atol=1e-6)
+        instruction += 1
+    assert instruction > 100
+    want = evaluate(reference.run, widened(call), cotangents)
+    assert_close(evaluate(run, call, cotangents), want, TOLERANCES[torch.float32])

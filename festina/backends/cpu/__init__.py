@@ -11,8 +11,19 @@ from torch._C import _is_any_autocast_enabled
 
 from festina.backends.cpu import abi
 from festina.backends.cpu.memory import POOL
-from festina.backends.cpu.plans import bind, carry_out, give, make_plan, operands, plan_for, saved_bytes, short, take
-from festina.backends.cpu.weights import PanelCache, Panels, Ready, is_owned, marks_of, prepare
+from festina.backends.cpu.plans import (
+    bind,
+    carry_out,
+    give,
+    make_plan,
+    operands,
+    plan_for,
+    saved_bytes,
+    short,
+    status_of,
+    take,
+)
+from festina.backends.cpu.weights import PanelCache, Panels, Ready, fingerprints_of, is_owned, marks_of, prepare
 from festina.backends.support import BackendError, missing_kernel
 from festina.call import Call, Case, Outputs
 from festina.spec import LayerSpec
@@ -72,12 +83,14 @@ class Cpu:
         _copies = bind(plan, words, (*operands(call), *outputs))
         marks = marks_of(call.parameters)
         found = self._panels.find(call.layer, call.parameters, marks)
-        if found is None or (not found.parameters and is_owned(call)) or not found.run(words, words[core.at["T"]]):
+        if found is None or (not found.parameters and is_owned(call)) or not found.run(plan, words):
             panels = POOL.tensor(plan.panels)
             words[core.at["has_panels"]], words[core.at["panels"]] = 0, panels.data_ptr()
-            if core.run(words):
+            # Before the kernel reads: what another process writes meanwhile makes the panels old, not new.
+            fingerprints = fingerprints_of(call, marks, words)
+            if status_of(plan, core.run, words):
                 raise core.error()
-            self._panels.put(call, marks, words, panels)
+            self._panels.put(call, marks, fingerprints, panels)
         give(plan, words, workspace)
         return outputs
 

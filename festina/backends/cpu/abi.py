@@ -21,7 +21,7 @@ import torch  # noqa: F401  its OpenMP must be in the process before the core as
 
 from festina import environment
 
-VERSION = 5
+VERSION = 6
 LIBRARY = "libfestina_core.so"
 INFERENCE, TRAINING, BACKWARD = "inference", "training", "backward"
 
@@ -30,10 +30,10 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "festina_layout": (c_char_p, []),
     "festina_bytes": (c_int, [c_void_p, c_void_p]),
     "festina_run": (c_int, [c_void_p]),
-    "festina_run_panels": (c_int, [c_void_p, c_void_p, c_int, c_uint64]),
+    "festina_run_panels": (c_int, [c_void_p, c_int, c_uint64]),
     "festina_allocate": (c_void_p, [c_uint64]),
     "festina_free": (None, [c_void_p]),
-    "festina_fingerprint": (c_uint64, [c_void_p, c_void_p, c_int]),
+    "festina_fingerprint": (c_uint64, [c_void_p, c_int]),
     "festina_error": (c_char_p, []),
     "festina_isa": (c_char_p, []),
     "festina_isas": (c_char_p, [c_int]),
@@ -135,11 +135,9 @@ class Core:
         """What `bytes` fills in."""
         self.words: Any = c_uint64 * (ctypes.sizeof(self.call) // WORD)
         """The same memory as a `call`, word by word."""
-        self.sizes: Any = c_uint64 * (self.call.parameters.size // WORD)
-        """Bytes of each parameter of each direction."""
         self.at = layout.words["FestinaCall"]
         """The word at which each field of a `call` begins."""
-        self.stale = layout.values["status"]["stale"]
+        self.stale, self.ended = layout.values["status"]["stale"], layout.values["status"]["ended"]
 
     def error(self) -> RuntimeError:
         """What to raise after a status other than ok."""

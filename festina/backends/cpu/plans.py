@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from festina.backends.cpu import abi
+from festina.backends.cpu import abi, signals
 from festina.backends.cpu.memory import POOL
 from festina.call import Call
 from festina.spec import LayerSpec
@@ -19,6 +19,8 @@ from festina.spec import LayerSpec
 CACHE_LINE = 64
 WORK_A_THREAD = 40_000
 """Multiplications; below, waking another thread takes longer than it saves."""
+LONG = 100_000_000
+"""Multiplications; below, a call ends before anyone waits for it, and signals can wait too."""
 MOST_PLANS, MOST_IDLE_BYTES = 256, 256 << 10
 """At most this many plans are cached, and a plan keeps idle buffers only up to this size: one for each thread that ever ran
 it beside others."""
@@ -35,6 +37,7 @@ class Plan:
             c_n, and those of the operands from the input on.
         workspace, room: bytes that a pass works in, without and with panels; inference has panels of its own.
         panels: bytes.
+        is_long: signals are handled meanwhile.
         saved_fixed, saved_per_row: training keeps `saved_fixed + N * saved_per_row` bytes.
         idle: what `fresh` made for earlier calls, if it is small. A call takes one out, has it alone, and puts it back.
     """
@@ -46,14 +49,25 @@ class Plan:
     panels: int
     saved_fixed: int
     saved_per_row: int
+    is_long: bool
     idle: list[tuple[Any, Tensor]] = field(default_factory=list)
+
+
+def multiplications(layer: LayerSpec, I: int, H: int, P: int) -> int:
+    """Those of one step of one row in both products."""
+    terms = I + (1 if layer.cell.diagonal else P)
+    return len(layer.cell.gates) * H * terms * layer.directions
 
 
 def threads_for(layer: LayerSpec, N: int, I: int, H: int, P: int) -> int:
     """How many of torch's threads a call is worth."""
-    terms = I + (1 if layer.cell.diagonal else P)
-    work = len(layer.cell.gates) * H * terms * N * layer.directions
+    work = multiplications(layer, I, H, P) * N
     return max(1, min(torch.get_num_threads(), abi.core().layout.constants["most_threads"], work // WORK_A_THREAD))
+
+
+def is_long(layer: LayerSpec, N: int, I: int, H: int, P: int) -> bool:
+    """Whether a call may take some hundredths of a second or more. A step costs as much as 1000 multiplications at least."""
+    return (multiplications(layer, I, H, P) + 1000) * N >= LONG
 
 
 def short(dtype: torch.dtype) -> str:
@@ -157,7 +171,8 @@ def make_plan(
         raise core.error()
     workspace = -(-need.workspace // CACHE_LINE) * CACHE_LINE  # panels lie behind it
     room = workspace if which == abi.INFERENCE else workspace + need.panels
-    return Plan(struct, places(layer, which), workspace, room, need.panels, need.saved_fixed, need.saved_per_row)
+    sizes = workspace, room, need.panels, need.saved_fixed, need.saved_per_row
+    return Plan(struct, places(layer, which), *sizes, is_long(layer, N, I, H, P))
 
 
 def plan_for(call: Call, which: str, wanted: tuple[bool, ...] = ()) -> Plan:
@@ -247,10 +262,15 @@ def bind(plan: Plan, words: Any, tensors: Sequence[Tensor | None]) -> list[Tenso
     return copies
 
 
+def status_of(plan: Plan, function: Callable[..., int], words: Any, *rest: Any) -> int:
+    """The status of `function(words, *rest)`, a call to the core; `signals.run` says what ends a long one."""
+    return signals.run(function, words, *rest) if plan.is_long else function(words, *rest)
+
+
 def carry_out(plan: Plan, tensors: Sequence[Tensor | None]) -> None:
     """Run training or backward."""
     words, buffer = take(plan)
     _copies = bind(plan, words, tensors)
-    if abi.core().run(words):
+    if status_of(plan, abi.core().run, words):
         raise abi.core().error()
     give(plan, words, buffer)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from festina.backends.cpu import abi
-from festina.backends.cpu.plans import bind, fresh, operands, plan_for, slots
+from festina.backends.cpu.plans import Plan, bind, fresh, operands, plan_for, status_of
 from festina.call import Call
 from festina.spec import LayerSpec
 
@@ -53,7 +53,6 @@ class Panels:
         owner: the module; the panels go with it.
         marks: `marks_of` the parameters when the panels were filled.
         fingerprints: of a few values of each, and of all.
-        sizes: of each in bytes, by slot.
         reads_all: all values are read before any call.
         ready: prepared steps by what they have in common. A call takes one out and puts it back.
     """
@@ -63,17 +62,16 @@ class Panels:
     owner: weakref.ref[Module] | None
     marks: tuple[Any, ...]
     fingerprints: tuple[int, int]
-    sizes: Any
     reads_all: bool
     buffer: Tensor
     ready: dict[tuple[Any, ...], list[Ready]]
 
-    def run(self, words: Any, T: int) -> bool:
-        """Run a call of T steps on the panels. False, with nothing done, if the parameters have changed."""
+    def run(self, plan: Plan, words: Any) -> bool:
+        """Run a call on the panels. False, with nothing done, if the parameters have changed."""
         core = abi.core()
         words[core.at["has_panels"]], words[core.at["panels"]] = 1, self.buffer.data_ptr()
-        is_whole = self.reads_all or T >= STEPS_WHOLE
-        status = core.run_panels(words, self.sizes, is_whole, self.fingerprints[is_whole])
+        is_whole = self.reads_all or words[core.at["T"]] >= STEPS_WHOLE
+        status = status_of(plan, core.run_panels, words, is_whole, self.fingerprints[is_whole])
         if status and status != core.stale:
             raise core.error()
         return not status
@@ -112,6 +110,14 @@ def is_owned(call: Call) -> bool:
     return all(id(parameter) in held and isinstance(parameter, Parameter) for parameter in call.parameters)
 
 
+def fingerprints_of(call: Call, marks: tuple[Any, ...], words: Any) -> tuple[int, int] | None:
+    """The fingerprints of a few values of each parameter, and of all; None if nothing could tell when one of them changes."""
+    if not marks or not all(p.is_contiguous() for p in call.parameters):
+        return None
+    core = abi.core()
+    return core.fingerprint(words, False), core.fingerprint(words, True)
+
+
 class PanelCache:
     """Panels, one set for a layer and its parameters, dropped with the memory of any of them or with the owner.
 
@@ -133,20 +139,15 @@ class PanelCache:
         for panels in list(self._found.values()):
             panels.ready.clear()
 
-    def put(self, call: Call, marks: tuple[Any, ...], words: Any, buffer: Tensor) -> None:
-        """Keep panels filled from parameters that had these marks, unless nothing could tell when one of them changes."""
-        parameters, found = call.parameters, self._found
-        if not marks or not all(p.is_contiguous() for p in parameters):
+    def put(self, call: Call, marks: tuple[Any, ...], fingerprints: tuple[int, int] | None, buffer: Tensor) -> None:
+        """Keep panels filled from parameters that had these marks and `fingerprints_of` before; not if the latter is None."""
+        if fingerprints is None:
             return
-        key, core = (call.layer.token, *map(id, parameters)), abi.core()
-        sizes = core.sizes()
-        for slot, parameter in zip(slots(call.layer), parameters):
-            sizes[slot] = parameter.nbytes
-        few, every = (core.fingerprint(words, sizes, is_whole) for is_whole in (False, True))
-
-        def drop(_: weakref.ref[Any]) -> None:
-            found.pop(key, None)
-
+        parameters, found = call.parameters, self._found
+        key = (call.layer.token, *map(id, parameters))
+        # `pop` is called with the reference, which it takes for a default. It is no Python function, so that no signal can
+        # keep it from what it does.
+        drop = partial(found.pop, key)
         module = call.owner if is_owned(call) else None
         if module is not None:
             self._drop_former(module)
@@ -155,9 +156,8 @@ class PanelCache:
             guards=[weakref.ref(p.untyped_storage(), drop) for p in parameters],
             owner=None if module is None else weakref.ref(module, drop),
             marks=marks,
-            fingerprints=(few, every),
-            sizes=sizes,
-            reads_all=module is None or sum(sizes) <= BYTES_WHOLE,
+            fingerprints=fingerprints,
+            reads_all=module is None or sum(p.nbytes for p in parameters) <= BYTES_WHOLE,
             buffer=buffer,
             ready={},
         )
@@ -194,6 +194,5 @@ def prepare(
     args = core.call.from_buffer(words)
     args.panels, args.has_panels = panels.buffer.data_ptr(), 1
     shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
-    addresses = ctypes.addressof(args), ctypes.addressof(panels.sizes)
-    run = partial(core.run_panels, *addresses, panels.reads_all, panels.fingerprints[panels.reads_all])
+    run = partial(core.run_panels, ctypes.addressof(args), panels.reads_all, panels.fingerprints[panels.reads_all])
     return Ready(shapes, args, run, workspace)
