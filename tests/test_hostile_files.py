@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import struct
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 import festina
 from festina import cli, convert
 from festina.convert import files
-from festina.module import PLAN_KEY
+from festina.module import PLAN_KEY, plan_tensor
+from festina.norms import PLANS as PLANS_BY_NAME
+from festina.spec import CELLS, LayerSpec
 
 TIB = 2**40
 Make = Callable[[Path], Any]
@@ -384,6 +387,24 @@ def test_hostile_plans(tmp_path: Path, capsys: Any, plan: Tensor) -> None:
     with pytest.raises(RuntimeError, match="must hold a norm plan"):
         layer.load_state_dict(torch.load(source))
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_a_plan_of_other_tensors() -> None:
+    """A state dict that holds another layer's plan is refused, unless only an inner bias is missing; no tensor is dropped."""
+    layers = {}
+    for plan in PLANS_BY_NAME.values():
+        if CELLS["lstm"].admits(plan):
+            layers.setdefault(LayerSpec(CELLS["lstm"], plan).parameter_names, festina.LSTM(3, 5, norm=plan))
+    assert len(layers) > 5
+    refused = 0
+    for one, other in itertools.permutations(layers.values(), 2):
+        try:
+            layer = convert.load("festina.LSTM", {**one.state_dict(), PLAN_KEY: plan_tensor(other.norm)})
+        except convert.ConvertError:
+            refused += 1
+        else:
+            assert layer.state_dict().keys() - {PLAN_KEY} == one.state_dict().keys() - {PLAN_KEY}
+    assert refused > len(layers) * (len(layers) - 1) / 2
 
 
 def loop(path: Path) -> None:

@@ -90,9 +90,13 @@ def read(
             state.update({f"{key}.{l}": part for l, part in enumerate(state.pop(key).unbind(0))})
 
     scope, L, D = _extent(table, state)
-    layouts = table.layouts(lambda key: table.find(key, scope, 0, 0, state) in state)
+    present = table.layouts(lambda key: table.find(key, scope, 0, 0, state) in state)
+    spec = specialise(table.cell, plan, present.values(), D)
+    every = replace(spec, bias=True, projected=table.cell.projects).parameter_names
+    layouts = {  # without tensors that have no place in the plan that the state dict itself holds: they are unknown
+        key: part for key, part in present.items() if all(block.name in every for block in part.blocks())
+    }
     names = {(l, d): {key: table.find(key, scope, l, d, state) for key in layouts} for l in range(L) for d in range(D)}
-    spec = specialise(table.cell, plan, layouts.values(), D)
     expected = [name for here in names.values() for name in here.values()]
     fed = _fed(layouts.values())
     unfed = [name for name in spec.parameter_names if name not in fed and not name.startswith("bias")]
