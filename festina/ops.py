@@ -176,9 +176,13 @@ def _shapeless(*args: Any) -> tuple[backends.Backend, Call]:
     backend, call = _parse(*args)
     if type(call.input) in _PLAIN and not call.input.is_meta:
         named = {name: getattr(call, name) for name in ("batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask")}
-        stray = next((name for name, tensor in named.items() if tensor is not None and tensor.is_meta), "one of its tensors")
+        stray = next(
+            (name for name, tensor in named.items() if tensor is not None and tensor.is_meta), "one of its tensors"
+        )
         check_tensors(call, call.tensors())
-        raise ValueError(f"all tensors of a call must hold numbers, as the input on {call.input.device}; {stray} is on meta")
+        raise ValueError(
+            f"all tensors of a call must hold numbers, as the input on {call.input.device}; {stray} is on meta"
+        )
     return backend, call
 
 

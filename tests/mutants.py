@@ -56,7 +56,9 @@ class Mutant(NamedTuple):
 
 
 CORE = '-k "cpu and matches_reference" tests/test_backends.py'
-KERNELS = '-k "not instruction_set and not avx512 and not in_cpp" tests/cpu/test_kernels.py'  # those compile by themselves
+KERNELS = (
+    '-k "not instruction_set and not avx512 and not in_cpp" tests/cpu/test_kernels.py'  # those compile by themselves
+)
 WEIGHTS = "tests/cpu/test_weights.py"
 
 

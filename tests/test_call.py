@@ -220,7 +220,9 @@ def test_right_calls_pass_by_every_way(case: Case, backend: str) -> None:
 
 
 @pytest.mark.parametrize("way", [operator, train_operator, profiled])
-@pytest.mark.parametrize("name", ["h_0", "c_0", "weight_hh", "batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask"])
+@pytest.mark.parametrize(
+    "name", ["h_0", "c_0", "weight_hh", "batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask"]
+)
 def test_one_tensor_without_numbers_is_refused(name: str, way: Callable[[Call], None]) -> None:
     """The dispatcher takes the whole call for one on meta, whose outputs would be what lay in memory."""
     call = build(LSTM)

@@ -6,6 +6,7 @@ import copy
 import gc
 import itertools
 import pickle
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +17,7 @@ from on_core import needs_core
 
 import festina
 from festina import backends, dispatch, norms
-from festina.backends.cpu import CPU, weights
+from festina.backends.cpu import CPU, abi, weights
 from festina.backends.cpu.weights import marks_of
 from festina.testing import Case
 
@@ -463,3 +464,60 @@ def test_a_step_is_short_again_after_calls_that_nobody_owned():
         took = short(cell, x, h)
     assert took is not None
     assert torch.equal(took[0], want)
+
+
+def test_weights_written_while_they_are_packed_are_seen(monkeypatch):
+    """By another process or through `.data`: at once, and at every later call, before the kernel reads or after it."""
+    core, run = abi.core(), abi.core().run
+    for is_after in (False, True):
+        for change in (lambda w: w.add_(0.25), lambda w: w.view(-1)[7].add_(4)):
+            layer = festina.LayerNormLSTM(24, 100)
+            x = torch.randn(9, 2, 24)
+            other = torch.from_numpy(layer.weight_hh_l0.detach().numpy())  # the same memory under another version
+
+            def written(*arguments, other=other, change=change, is_after=is_after):
+                if not is_after:
+                    change(other)
+                status = run(*arguments)
+                if is_after:
+                    change(other)
+                return status
+
+            with torch.no_grad():
+                with monkeypatch.context() as patch:
+                    patch.setattr(core, "run", written)
+                    layer(x)
+                for _ in range(2):
+                    got = layer(x)[0]
+                    with backends.use("eager"):
+                        torch.testing.assert_close(got, layer(x)[0], atol=1e-4, rtol=1e-4)
+
+
+def _learn(weight, turn, done, rounds):
+    """Writes to shared memory once in each round, at some moment of it."""
+    view = weight.numpy()
+    for number in range(rounds):
+        turn.acquire()
+        time.sleep(0.0004 * (number % 7))
+        view += 0.03 * (1 if number % 2 else -1)
+        done.release()
+
+
+def test_an_actor_sees_what_a_learner_in_another_process_has_written():
+    rounds = 40
+    layer, x = festina.LayerNormLSTM(32, 64), torch.randn(10, 2, 32)
+    layer.share_memory()
+    context = torch.multiprocessing.get_context("fork")
+    turn, done = context.Semaphore(0), context.Semaphore(0)
+    learner = context.Process(target=_learn, args=(layer.weight_hh_l0.detach(), turn, done, rounds))
+    learner.start()
+    with torch.no_grad():
+        for _ in range(rounds):
+            turn.release()
+            while not done.acquire(block=False):
+                layer(x)  # may fill panels while the learner writes
+            got = layer(x)[0]
+            with backends.use("eager"):
+                torch.testing.assert_close(got, layer(x)[0], atol=1e-4, rtol=1e-4)
+    learner.join(timeout=60)
+    assert learner.exitcode == 0
