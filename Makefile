@@ -70,9 +70,9 @@ demo: setup
 bench: setup
 	@$(PY) -m festina bench $(ARGS)
 
-# One thread per worker: the workers already fill the cores.
+# One thread per worker: the workers already fill the cores. One that is idle takes over what another has not begun.
 test: setup
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --numprocesses $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 # The core under AddressSanitizer and UndefinedBehaviorSanitizer, which end the run at the first error: csrc/tests, a slice of
 # the suite, random calls. Then threads under ThreadSanitizer, on a stand-in for OpenMP, as it cannot see into libgomp. One
@@ -126,7 +126,7 @@ test-torch: test
 # A CUDA build of torch brings a Triton of its own, often an older one: torch 2.10 and 2.11 bring 3.6.0.
 test-triton: setup $(VENV)/triton-$(TRITON)/.made
 	PYTHONPATH=$(VENV)/triton-$(TRITON) $(PY) -c 'import triton; assert triton.__version__ == "$(TRITON)", triton'
-	PYTHONPATH=$(VENV)/triton-$(TRITON) $(PY) -m pytest --numprocesses $(JOBS) $(ARGS) tests/test_triton.py -k compile
+	PYTHONPATH=$(VENV)/triton-$(TRITON) $(PY) -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS) tests/test_triton.py -k compile
 
 $(VENV)/triton-$(TRITON)/.made: $(VENV)/.made
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$(TRITON)

@@ -637,9 +637,11 @@ def compiled(folder: Path) -> bool:
     return subprocess.run(shlex.split(COMPILED), cwd=folder, capture_output=True).returncode == 0
 
 
-def run(tests: str, folder: Path, core: Path, is_interpreted: bool) -> str:
+def run(tests: str, folder: Path, core: Path | None, is_interpreted: bool) -> str:
     """ "pass", "fail", or what else came of some tests in a copy of the tree."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "FESTINA_CORE": str(core), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    if core:
+        environment["FESTINA_CORE"] = str(core)
     if is_interpreted:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *shlex.split(tests)]
@@ -654,8 +656,8 @@ def run(tests: str, folder: Path, core: Path, is_interpreted: bool) -> str:
     return f"pytest ended with {done.returncode}: {done.stdout[-300:]}{done.stderr[-300:]}"
 
 
-def result(mutant: Mutant, core: Path) -> str:
-    """ "killed", or what tells that it was not; `core` is the one without a mistake."""
+def result(mutant: Mutant, core: Path | None) -> str:
+    """ "killed", or what tells that it was not; `core` is the one without a mistake, None to do without."""
     with tempfile.TemporaryDirectory(prefix="mutant-") as name:
         folder = Path(name)
         copied(folder)

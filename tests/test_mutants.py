@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import mutants
 import pytest
 import torch
 import torch.nn.functional as F
@@ -533,3 +534,18 @@ def test_mutant_is_found_out(wrong, monkeypatch):
     assert found >= MARGIN * TOLERANCE, f"{wrong}: {name} moves by {found:.1e} only"
     with pytest.raises(AssertionError, match="differs by"):
         assert_close(got, want, TOLERANCE)
+
+
+def test_every_wrong_version_can_still_be_made():
+    """`make mutants` runs them; here, each finds the text that it replaces, once."""
+    for version in mutants.MUTANTS:
+        mutants.applied(version, (mutants.ROOT / version.file).read_text())
+    names = [version.name for version in mutants.MUTANTS]
+    assert len(set(names)) == len(names) >= 60
+
+
+def test_a_wrong_version_is_killed_and_a_right_one_is_not():
+    version = next(version for version in mutants.MUTANTS if version.file == "festina/sequences.py")
+    version = version._replace(tests="tests/test_sequences.py")
+    for one, want in ((version, "killed"), (version._replace(new=version.old), "SURVIVED")):
+        assert mutants.result(one, core=None) == want
