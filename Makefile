@@ -92,7 +92,7 @@ sanitize: setup
 	$(SANITIZE)/test_core
 	$(ASAN) $(PY) -m pytest -p no:cacheprovider --numprocesses 2 tests/test_backends.py tests/test_call.py tests/cpu \
 	  -k "$(SLICE)" $(ARGS)
-	$(ASAN) $(PY) tests/fuzz.py calls wrong --seconds 60
+	$(ASAN) $(PY) tests/fuzz.py calls wrong structs --seconds 60
 	$(TSAN) $(PY) -m pytest -p no:cacheprovider -p no:xdist tests/cpu -k "share_the_work or in_several"
 
 # Odd widths with every feature; threads, segments of long sequences, bfloat16; calls made by hand; calls that are ended.

@@ -36,6 +36,9 @@ from festina.convert import files
 from festina.spec import CELLS, LayerSpec
 from festina.testing import FEATURES, Case, worst
 
+sys.path.append(str(Path(__file__).parent / "cpu"))
+from wrong_calls import PASSES, Right, run_spoilt
+
 Rng = random.Random
 
 LAYERS = {"lstm": festina.LSTM, "gru": festina.GRU, "indrnn": festina.IndRNN}
@@ -290,6 +293,13 @@ def backends_run(call: Any) -> Any:
     return festina.dispatch.run(call)
 
 
+def spoilt_structs(rng: Rng) -> None:
+    """The core refuses a struct with wrong numbers or nulls, or carries it out."""
+    right = Right(rng.choice(PASSES), rng.choice([*CELLS]), ragged=rng.random() < 0.5)
+    for _ in range(50):
+        run_spoilt(right, rng)
+
+
 # Files and texts
 
 
@@ -379,7 +389,13 @@ def read_plans(rng: Rng) -> None:
             raise AssertionError(f"{text!r} was read as {found!r}")
 
 
-TARGETS: dict[str, Callable[[Rng], None]] = {"calls": calls, "wrong": wrong, "files": read_files, "plans": read_plans}
+TARGETS: dict[str, Callable[[Rng], None]] = {
+    "calls": calls,
+    "wrong": wrong,
+    "structs": spoilt_structs,
+    "files": read_files,
+    "plans": read_plans,
+}
 
 
 def examples(
