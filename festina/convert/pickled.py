@@ -1,8 +1,9 @@
 """What a file of torch.save describes: its structure and where its tensors lie. Nothing is called, imported or allocated.
 
-`torch.load(weights_only=True)` calls constructors that take a size from the file, such as `torch.Tensor(2**40)`, and it
-allocates the storages of the older format before it has seen their data. Here a pickle becomes a description, whose sizes
-`festina.convert.files` compares with the file before it reads any tensor.
+`torch.load(weights_only=True)` calls constructors that take a size from the file, such as `torch.Tensor(2**40)`, allocates
+the storages of the older format before it has seen their data, hashes tuples of any depth as keys (many levels end the
+process) and formats what it refuses to call. Under `FakeTensorMode` it allocates fewer of these and does the rest all the same.
+Here a pickle becomes a description, whose sizes `festina.convert.files` compares with the file before it reads any tensor.
 """
 
 from __future__ import annotations
