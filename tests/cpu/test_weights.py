@@ -521,3 +521,12 @@ def test_an_actor_sees_what_a_learner_in_another_process_has_written():
                 torch.testing.assert_close(got, layer(x)[0], atol=1e-4, rtol=1e-4)
     learner.join(timeout=60)
     assert learner.exitcode == 0
+
+
+def test_a_step_of_another_dtype_takes_no_prepared_one():
+    cell, x, state = festina.LayerNormLSTMCell(5, 7), torch.randn(2, 5), (torch.randn(2, 7), torch.randn(2, 7))
+    with torch.no_grad():
+        for _ in range(3):
+            cell(x, state)
+        with pytest.raises(ValueError, match=r"torch\.float64"):
+            cell(x.double(), tuple(part.double() for part in state))
