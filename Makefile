@@ -93,7 +93,7 @@ sanitize: setup
 	$(ASAN) $(PY) -m pytest -p no:cacheprovider --numprocesses 2 tests/test_backends.py tests/test_call.py tests/cpu \
 	  -k "$(SLICE)" $(ARGS)
 	$(ASAN) $(PY) tests/fuzz.py calls wrong structs --seconds 60
-	$(TSAN) $(PY) -m pytest -p no:cacheprovider -p no:xdist tests/cpu -k "share_the_work or in_several"
+	$(TSAN) $(PY) -m pytest -p no:cacheprovider -p no:xdist tests/cpu -k "share_the_work or in_several or end_together"
 
 # Odd widths with every feature; threads, segments of long sequences, bfloat16; calls made by hand; calls that are ended.
 SLICE := cpu and matches_reference and (H9 or H63) or share_the_work or in_several or every_instruction_set or \

@@ -32,7 +32,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import festina
 from festina import NormPlan, backends, norms
-from festina.backends.cpu import plans as cpu_plans
 from festina.convert import files
 from festina.spec import CELLS, LayerSpec
 from festina.testing import FEATURES, Case, widened, worst
@@ -113,9 +112,7 @@ class Drawn:
         self.extra: dict[str, Any] = {}
         if rng.random() < 0.4:
             resets = torch.rand(shape if is_batched else (self.T,)) < 0.2
-            self.extra["resets"] = (
-                laid_out(rng, resets) if rng.random() < 0.3 and resets.dtype != torch.bool else resets
-            )
+            self.extra["resets"] = laid_out(rng, resets)
         self.lengths = None
         if is_batched and rng.random() < 0.5:
             self.lengths = [rng.randrange(0, self.T + 1) for _ in range(self.B)]
@@ -424,7 +421,6 @@ def examples(
         except Exception as error:
             raise AssertionError(f"python tests/fuzz.py {target} --seed {seed} --first {number}") from error
         number += 1
-        cpu_plans.make_plan.cache_clear() if number % 256 == 0 else None
     return number - first
 
 

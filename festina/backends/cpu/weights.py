@@ -104,9 +104,14 @@ def marks_of(parameters: Sequence[Tensor]) -> tuple[Any, ...]:
         return ()
 
 
+def held_by(module: Module) -> set[int]:
+    """The ids of the parameters that are the module's own."""
+    return {*map(id, module.parameters(recurse=False))}
+
+
 def is_owned(call: Call) -> bool:
     """True if the parameters are those of the module that makes the call, not computed from them, nor lent to it."""
-    held = {*map(id, call.owner.parameters(recurse=False))} if call.owner is not None else set()
+    held = held_by(call.owner) if call.owner is not None else set()
     return all(id(parameter) in held and isinstance(parameter, Parameter) for parameter in call.parameters)
 
 
@@ -164,7 +169,7 @@ class PanelCache:
 
     def _drop_former(self, module: Module) -> None:
         """Drop the panels of parameters that the module has no longer: nothing but the panels may hold them."""
-        held = {*map(id, module.parameters(recurse=False))}
+        held = held_by(module)
         for key, panels in list(self._found.items()):
             if (
                 panels.owner is not None
