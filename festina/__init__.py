@@ -4,6 +4,7 @@ from festina import backends, convert, functional, norms
 from festina.cells import GRUCell, IndRNNCell, LayerNormGRUCell, LayerNormIndRNNCell, LayerNormLSTMCell, LSTMCell
 from festina.layers import GRU, LSTM, IndRNN, LayerNormGRU, LayerNormIndRNN, LayerNormLSTM
 from festina.norms import NormPlan
+from festina.swap import replace
 
 __version__ = "0.1.0.dev0"
 
@@ -25,4 +26,5 @@ __all__ = [
     "convert",
     "functional",
     "norms",
+    "replace",
 ]

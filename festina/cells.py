@@ -7,19 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from festina import dispatch, norms, spec
-from festina.checks import check_input, check_resets, check_state
-from festina.module import RecurrentBase
+from festina.checks import MismatchError, as_flag, check_input, check_resets, check_state
+from festina.module import RecurrentBase, leaf
 from festina.norms import NormPlan
 
 
-class Cell(RecurrentBase):
+class Cell(RecurrentBase, nn.RNNCellBase):
     """One step of a recurrent layer: the signature, shapes and state-dict keys of `torch.nn.LSTMCell` and `GRUCell`.
 
+    Each is a subclass of `torch.nn.RNNCellBase`, and of `torch.nn.LSTMCell` or `GRUCell` where it is one of these.
+
     Args:
-        input_size: I, features of x.
-        hidden_size: H, features of the state.
+        input_size: I, features of x; 0 is allowed, as in `torch.nn`.
+        hidden_size: H, features of the state; 0 is allowed.
         bias: False leaves out every bias and every norm's shift.
         device, dtype: of the parameters.
         proj_size, norm, zoneout, zoneout_cell, dropconnect, forget_bias: as in the layer. In training every step draws
@@ -49,7 +52,7 @@ class Cell(RecurrentBase):
             input_size=input_size,
             hidden_size=hidden_size,
             proj_size=proj_size,
-            spec=spec.LayerSpec(self.cell_spec, plan, bias, proj_size != 0),
+            spec=spec.LayerSpec(self.cell_spec, plan, as_flag("bias", bias), bool(proj_size)),
             suffixes=[[""]],
             zoneout=zoneout,
             zoneout_cell=zoneout_cell,
@@ -57,7 +60,9 @@ class Cell(RecurrentBase):
             forget_bias=forget_bias,
             device=device,
             dtype=dtype,
+            least_size=0,
         )
+        self.reset_parameters()
 
     @classmethod
     def sharing(cls, layer: RecurrentBase, index: int, reverse: bool) -> Cell:
@@ -102,6 +107,8 @@ class Cell(RecurrentBase):
             TypeError, ValueError: an argument is of a wrong type, shape, dtype, device or range.
         """
         if not isinstance(input, Tensor):
+            if isinstance(input, Proxy):
+                return leaf(self, input, hx, resets=resets)
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
         parameters = self.layer_parameters()
         if resets is None and not (self.training and (self.zoneout or self.zoneout_cell or self.dropconnect)):
@@ -115,7 +122,7 @@ class Cell(RecurrentBase):
             if new is not None:
                 return tuple(new) if len(new) > 1 else new[0]
         if input.dim() not in (1, 2):
-            raise ValueError(f"input must be 2-D, [B, I], or 1-D, [I], got {input.dim()}-D {list(input.shape)}")
+            raise MismatchError(f"input must be 2-D, [B, I], or 1-D, [I], got {input.dim()}-D {list(input.shape)}")
         is_batched = input.dim() == 2
         steps = input if is_batched else input.unsqueeze(0)
         check_input(steps, self.input_size, parameters[0])
@@ -134,7 +141,7 @@ class Cell(RecurrentBase):
         return h if c_n is None else (h, c_n.squeeze(0) if is_batched else c_n.squeeze((0, 1)))
 
 
-class LSTMCell(Cell):
+class LSTMCell(Cell, nn.LSTMCell):
     """One step of `festina.LSTM`; `torch.nn.LSTMCell` with norms, Zoneout, projection and resets.
 
     >>> h, c = LSTMCell(3, 5)(torch.zeros(2, 3))
@@ -158,7 +165,7 @@ class LayerNormLSTMCell(LSTMCell):
     default_forget_bias = 1.0
 
 
-class GRUCell(Cell):
+class GRUCell(Cell, nn.GRUCell):
     """One step of `festina.GRU`; `torch.nn.GRUCell` with norms, Zoneout and resets.
 
     >>> GRUCell(3, 5)(torch.zeros(2, 3)).shape
@@ -179,7 +186,11 @@ class IndRNNCell(Cell):
 
     def __init__(self, *args: Any, nonlinearity: str = "tanh", **kwargs: Any) -> None:
         self.cell_spec = indrnn_spec(nonlinearity)
+        self.nonlinearity = nonlinearity
         super().__init__(*args, **kwargs)
+
+    def _repr_defaults(self) -> dict[str, Any]:
+        return {"nonlinearity": "tanh", **super()._repr_defaults()}
 
 
 class LayerNormIndRNNCell(IndRNNCell):

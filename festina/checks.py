@@ -8,9 +8,12 @@ prepared step instead, and hands over to a `Call` if anything differs.
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from operator import attrgetter, ge
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +29,11 @@ Parameters = Mapping[str, Tensor]
 _SHAPE = attrgetter("shape")
 
 
+class MismatchError(ValueError, RuntimeError):
+    """Sizes, dtypes or devices of what a call is given do not agree. `torch.nn` raises a RuntimeError for most of these; code
+    that catches either type catches this one."""
+
+
 def check_flags(**flags: bool) -> None:
     """Raise unless every flag is a bool, as in `torch.nn`: an argument in a wrong place shows.
 
@@ -37,17 +45,43 @@ def check_flags(**flags: bool) -> None:
             raise TypeError(f"{name} must be True or False, got {flag!r}")
 
 
-def check_counts(**counts: int) -> None:
-    """Raise unless every count is an int of at least 1.
+def as_flag(name: str, value: Any) -> bool:
+    """The flag that `value` stands for: True, False, or 1 or 0 of any type, where `torch.nn` takes these too.
 
     Raises:
-        TypeError: it is not an int.
-        ValueError: it is below 1.
+        TypeError: it stands for none.
     """
-    for name, count in counts.items():
-        _check_int(name, count)
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    if getattr(value, "ndim", 0) or value not in (0, 1):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def as_count(name: str, value: Any, least: int = 1) -> int:
+    """`value`, an integer of any type (NumPy's, a tensor without axes), as an int of at least `least`.
+
+    True and False are refused, though `torch.nn` takes them: the third argument of haste's layers is `batch_first`.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is below `least`.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    count = operator.index(value)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {count}")
+    return count
+
+
+def as_rate(name: str, value: Any) -> float:
+    """`value`, a number in [0, 1] of any type, as a float.
+
+    Raises:
+        ValueError: it is none; True and False are none either.
+    """
+    if not is_rate(value):
+        raise ValueError(f"{name} must be a probability in [0, 1], got {value!r}")
+    return float(value)
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -66,40 +100,30 @@ def check_dtype(dtype: torch.dtype | None) -> None:
 
 
 def check_proj_size(cell: CellSpec, proj_size: int, hidden_size: int) -> None:
-    """Raise unless `proj_size` is an int below `hidden_size`, and 0 for a cell without a projection.
+    """Raise unless `proj_size` lies below `hidden_size`, and is 0 for a cell without a projection.
 
     Raises:
-        TypeError: it is not an int.
         ValueError: it is out of range.
     """
-    _check_int("proj_size", proj_size)
-    if proj_size < 0 or proj_size >= hidden_size:
+    if proj_size and proj_size >= hidden_size:
         raise ValueError(f"proj_size must lie in [0, hidden_size) = [0, {hidden_size}), got {proj_size}")
     if proj_size and not cell.projects:
         raise ValueError(f"proj_size must be 0: the {cell.name} cell has no projection, got {proj_size}")
 
 
-def _check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-
-
-def check_rates(cell: CellSpec, **rates: float) -> None:
-    """Raise unless every rate is a number in [0, 1], and `zoneout_cell` is 0 for a cell without c.
+def check_zoneout_cell(cell: CellSpec, zoneout_cell: float) -> None:
+    """Raise unless `zoneout_cell` is 0 for a cell without c.
 
     Raises:
         ValueError: it is not.
     """
-    for name, rate in rates.items():
-        if not is_rate(rate):
-            raise ValueError(f"{name} must be a probability in [0, 1], got {rate!r}")
-    if rates.get("zoneout_cell") and "c" not in cell.states:
-        raise ValueError(f"zoneout_cell must be 0: the {cell.name} cell has no c, got {rates['zoneout_cell']}")
+    if zoneout_cell and "c" not in cell.states:
+        raise ValueError(f"zoneout_cell must be 0: the {cell.name} cell has no c, got {zoneout_cell}")
 
 
-def is_rate(rate: float) -> bool:
+def is_rate(rate: Any) -> bool:
     """Whether `rate` is a number in [0, 1]; True and False are none."""
-    return isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate <= 1
+    return isinstance(rate, numbers.Real) and not isinstance(rate, bool) and 0 <= float(rate) <= 1
 
 
 def check_forget_bias(cell: CellSpec, forget_bias: float | None) -> None:
@@ -110,7 +134,7 @@ def check_forget_bias(cell: CellSpec, forget_bias: float | None) -> None:
     """
     if forget_bias is None:
         return
-    if isinstance(forget_bias, bool) or not isinstance(forget_bias, (int, float)) or not math.isfinite(forget_bias):
+    if isinstance(forget_bias, bool) or not isinstance(forget_bias, numbers.Real) or not math.isfinite(forget_bias):
         raise ValueError(f"forget_bias must be a finite number, got {forget_bias!r}")
     if forget_bias and "f" not in cell.gates:
         raise ValueError(f"forget_bias must be 0: the {cell.name} cell has no forget gate, got {forget_bias}")
@@ -154,10 +178,10 @@ def check_input(steps: Tensor, input_size: int, weight: Tensor) -> None:
     """Raise unless packed steps fit the weight that they meet: size, dtype (autocast aside), device.
 
     Raises:
-        ValueError: they do not.
+        MismatchError: they do not.
     """
     if steps.shape[-1] != input_size:
-        raise ValueError(f"the last axis of input must be input_size = {input_size}, got {steps.shape[-1]}")
+        raise MismatchError(f"the last axis of input must be input_size = {input_size}, got {steps.shape[-1]}")
     if steps.dtype != weight.dtype or steps.device != weight.device:
         check_like("input", steps, weight, "the parameters")
 
@@ -166,12 +190,12 @@ def check_like(name: str, tensor: Tensor, like: Tensor, whose: str) -> None:
     """Raise unless a tensor has the dtype (autocast aside) and the device of another one.
 
     Raises:
-        ValueError: it does not.
+        MismatchError: it does not.
     """
     if tensor.dtype != like.dtype and {tensor.dtype, like.dtype} != {torch.float32, float32_becomes(like.device.type)}:
-        raise ValueError(f"{name} must be {like.dtype} as {whose}, got {tensor.dtype}; call .to({like.dtype})")
+        raise MismatchError(f"{name} must be {like.dtype} as {whose}, got {tensor.dtype}; call .to({like.dtype})")
     if tensor.device != like.device:
-        raise ValueError(f"{name} must be on {like.device} as {whose}, got {tensor.device}; move one of them")
+        raise MismatchError(f"{name} must be on {like.device} as {whose}, got {tensor.device}; move one of them")
 
 
 def check_lengths(lengths: Lengths, B: int) -> Tensor:
@@ -179,11 +203,11 @@ def check_lengths(lengths: Lengths, B: int) -> Tensor:
 
     Raises:
         TypeError: not integers.
-        ValueError: not `[B]`, or not on the CPU.
+        MismatchError: not `[B]`, or not on the CPU.
     """
     if not isinstance(lengths, Tensor):
         try:
-            lengths = torch.tensor(lengths, dtype=None if len(lengths) else torch.int64)
+            lengths = torch.tensor(lengths, dtype=None if len(lengths) else torch.int64, device="cpu")
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(
                 f"lengths must be a tensor or a list of integers, one for each row, got {lengths!r}"
@@ -191,11 +215,11 @@ def check_lengths(lengths: Lengths, B: int) -> Tensor:
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must hold integers, the steps of each row, got {lengths.dtype}")
     if lengths.device.type != "cpu":
-        raise ValueError(
+        raise MismatchError(
             f"lengths must be on the CPU, where the batch is laid out, got {lengths.device}; call lengths.cpu()"
         )
     if lengths.shape != (B,):
-        raise ValueError(f"lengths must be [B] = [{B}], one for each row, got {list(lengths.shape)}")
+        raise MismatchError(f"lengths must be [B] = [{B}], one for each row, got {list(lengths.shape)}")
     return lengths.long()
 
 
@@ -204,15 +228,15 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], axes: str, device: torc
 
     Raises:
         TypeError: not a bool tensor.
-        ValueError: another shape or device.
+        MismatchError: another shape or device.
     """
     if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
         got = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
         raise TypeError(f"resets must be a bool tensor, got {got}; torch.as_tensor(resets).bool() is one")
     if resets.shape != shape:
-        raise ValueError(f"resets must be {axes} = {list(shape)}, got {list(resets.shape)}")
+        raise MismatchError(f"resets must be {axes} = {list(shape)}, got {list(resets.shape)}")
     if resets.device != device:
-        raise ValueError(f"resets must be on the input's device, {device}, got {resets.device}; move one of them")
+        raise MismatchError(f"resets must be on the input's device, {device}, got {resets.device}; move one of them")
 
 
 def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -220,13 +244,13 @@ def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], device: torch.de
 
     Raises:
         TypeError: not a bool tensor.
-        ValueError: another shape or device.
+        MismatchError: another shape or device.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a bool tensor, got {got}")
     if mask.shape != shape or mask.device != device:
-        raise ValueError(
+        raise MismatchError(
             f"{name} must be {list(shape)} on {device} as the input, got {list(mask.shape)} on {mask.device}"
         )
 
@@ -242,7 +266,7 @@ def check_state(
 
     Raises:
         TypeError: a bare tensor for a cell with two states, a pair for a cell with one, or neither.
-        ValueError: a state of a wrong shape, or not of the dtype and device of `steps`.
+        MismatchError: a state of a wrong shape, or not of the dtype and device of `steps`.
     """
     given = hx if isinstance(hx, (tuple, list)) else (hx,)
     if isinstance(hx, (tuple, list)) != (len(cell.states) > 1) or len(given) != len(cell.states):
@@ -259,7 +283,7 @@ def check_state(
         if tensor.shape != want_shape:
             named = ", ".join((*axes, "P" if state == "h" else "H"))
             hint = f"; call {state}_0.unsqueeze(0) for the first axis" if (1, *tensor.shape) == want_shape else ""
-            raise ValueError(f"{state}_0 must be [{named}] = {list(want_shape)}, got {list(tensor.shape)}{hint}")
+            raise MismatchError(f"{state}_0 must be [{named}] = {list(want_shape)}, got {list(tensor.shape)}{hint}")
         if tensor.dtype != steps.dtype or tensor.device != steps.device:
             check_like(f"{state}_0", tensor, steps, "the input")
     return list(given)
@@ -277,7 +301,7 @@ def check_tensors(call: Call, tensors: Sequence[Tensor]) -> None:
 
     Raises:
         TypeError: one is not a tensor, as a parameter that was set to None.
-        ValueError: one has another dtype or device than the input.
+        MismatchError: one has another dtype or device than the input.
     """
     names = ("input", *(f"{state}_0" for state in call.layer.cell.states), *call.layer.parameter_names * 2)
     dtype, device = call.input.dtype, call.input.device
@@ -287,7 +311,7 @@ def check_tensors(call: Call, tensors: Sequence[Tensor]) -> None:
                 f"{name} must be a Tensor, got {type(tensor).__name__}; bias=False makes a layer without biases"
             )
         if tensor.dtype != dtype or tensor.device != device:
-            raise ValueError(
+            raise MismatchError(
                 f"{name} must be {dtype} on {device} as the input, got {tensor.dtype} on {tensor.device}; "
                 f"call .to('{device}', {dtype}) on the whole layer"
             )
@@ -302,7 +326,7 @@ def check_call(call: Call, tensors: Sequence[Tensor]) -> None:
 
     Raises:
         TypeError: `resets` or a mask is not a bool tensor.
-        ValueError: anything else that does not fit; the error names it.
+        MismatchError: anything else that does not fit; the error names it.
     """
     input, h_0, c_0 = call.input, call.h_0, call.c_0
     dtype, device = input.dtype, input.device
@@ -324,30 +348,32 @@ def check_call(call: Call, tensors: Sequence[Tensor]) -> None:
     if call.batch_sizes is not None:
         _check_batch_sizes(call.batch_sizes, N, B)
     elif N % B if B else N:
-        raise ValueError(f"input must hold whole steps of B = {B} rows, since batch_sizes is None, got {N} rows")
+        raise MismatchError(f"input must hold whole steps of B = {B} rows, since batch_sizes is None, got {N} rows")
     if call.is_active is not None:
-        raise ValueError("is_active must be None outside of an ONNX export; batch_sizes says which rows run")
+        raise MismatchError("is_active must be None outside of an ONNX export; batch_sizes says which rows run")
     if call.resets is not None:
         check_resets(call.resets, (D, N), "[D, N]", device)
     if call.zoneout_mask is not None:
         check_mask("zoneout_mask", call.zoneout_mask, (D, N, P), device)
     if call.zoneout_cell_mask is not None:
         if c_0 is None:
-            raise ValueError(f"zoneout_cell_mask must be None: the {call.layer.cell.name} cell has no c")
+            raise MismatchError(f"zoneout_cell_mask must be None: the {call.layer.cell.name} cell has no c")
         check_mask("zoneout_cell_mask", call.zoneout_cell_mask, (D, N, H), device)
 
 
 def _check_batch_sizes(batch_sizes: Tensor, N: int, B: int) -> None:
     if batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.dim() != 1:
-        raise ValueError(
+        raise MismatchError(
             f"batch_sizes must be int64 [T] on the CPU, got {batch_sizes.dtype} {list(batch_sizes.shape)} on "
             f"{batch_sizes.device}; torch.nn.utils.rnn.pack_padded_sequence makes it"
         )
     sizes = batch_sizes.tolist()
     if sizes and not (sizes[0] <= B and sizes[-1] >= 1 and all(map(ge, sizes, sizes[1:]))):
-        raise ValueError(f"batch_sizes must not increase, from at most B = {B} down to at least 1, got {_short(sizes)}")
+        raise MismatchError(
+            f"batch_sizes must not increase, from at most B = {B} down to at least 1, got {_short(sizes)}"
+        )
     if sum(sizes) != N:
-        raise ValueError(
+        raise MismatchError(
             f"batch_sizes must add up to the {N} rows of input, got {_short(sizes)}, which make {sum(sizes)}"
         )
 
@@ -359,11 +385,11 @@ def _short(sizes: list[int]) -> str:
 def _refuse_state(call: Call) -> None:
     states = call.layer.cell.states
     if len(call.state) != len(states):
-        raise ValueError(
+        raise MismatchError(
             f"the {call.layer.cell.name} cell must have the states {', '.join(states)}, got {len(call.state)}"
         )
     got = ", ".join(f"{state}_0 {list(tensor.shape)}" for state, tensor in zip(states, call.state))
-    raise ValueError(
+    raise MismatchError(
         f"input must be [N, I], h_0 [D, B, P] and c_0 [D, B, H], with D = {call.layer.directions} directions, got input "
         f"{list(call.input.shape)}, {got}"
     )
@@ -372,9 +398,9 @@ def _refuse_state(call: Call) -> None:
 def _refuse_shape(call: Call, I: int, H: int, P: int) -> None:
     names, shapes = call.layer.parameter_names * call.layer.directions, _parameter_shapes(call.layer, I, H, P)
     if len(call.parameters) != len(names):
-        raise ValueError(f"parameters must be the {len(names)} of {', '.join(names)}, got {len(call.parameters)}")
+        raise MismatchError(f"parameters must be the {len(names)} of {', '.join(names)}, got {len(call.parameters)}")
     for name, parameter, shape in zip(names, call.parameters, shapes):
         if parameter.shape != shape:
-            raise ValueError(
+            raise MismatchError(
                 f"{name} must be {list(shape)} for input_size = {I} and hidden_size = {H}, got {list(parameter.shape)}"
             )

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from festina import dispatch
 from festina.call import Call
-from festina.checks import Lengths, Parameters, check_input, check_mask, check_parameters, check_rates
+from festina.checks import Lengths, Parameters, as_rate, check_input, check_mask, check_parameters, check_zoneout_cell
 from festina.norms import NONE, NormPlan
 from festina.sequences import InitialState, pack
 
@@ -64,7 +64,8 @@ def layer(
     steps, packing = pack(input, D, batch_first, lengths, resets)
     weight_ih = per_direction[0]["weight_ih"]
     check_input(steps, weight_ih.shape[1], weight_ih)
-    check_rates(spec.cell, zoneout=zoneout, zoneout_cell=zoneout_cell)
+    zoneout, zoneout_cell = as_rate("zoneout", zoneout), as_rate("zoneout_cell", zoneout_cell)
+    check_zoneout_cell(spec.cell, zoneout_cell)
     state = packing.initial_state(spec.cell, hx, lead=("num_directions", D), widths=(P, H), steps=steps)
 
     def packed(name: str, mask: Tensor | None, width: int) -> Tensor | None:

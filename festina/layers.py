@@ -7,18 +7,23 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from festina import cells, dispatch, norms, spec
-from festina.checks import Lengths, check_counts, check_flags, check_input, check_rates
-from festina.module import RecurrentBase
+from festina import cells, dispatch, dynamo, norms, spec
+from festina.checks import Lengths, MismatchError, as_count, as_flag, as_rate, check_flags, check_input
+from festina.module import RecurrentBase, leaf
 from festina.norms import NormPlan
 from festina.sequences import InitialState, pack
 
 
-class Recurrent(RecurrentBase):
+class Recurrent(RecurrentBase, nn.RNNBase):
     """A stack of recurrent layers over time: the signature, shapes and state-dict keys of `torch.nn.LSTM` and `GRU`.
+
+    Each is a subclass of `torch.nn.RNNBase`, `LSTM` and `LayerNormLSTM` of `torch.nn.LSTM`, `GRU` and `LayerNormGRU` of
+    `torch.nn.GRU`. They have torch's attributes (`mode`, `all_weights`, `_flat_weights_names`, ...) and methods; but under a
+    norm `_flat_weights` raises, since torch's kernels would compute another layer with them.
 
     Args:
         input_size: I, features of x.
@@ -62,9 +67,12 @@ class Recurrent(RecurrentBase):
         dropconnect: float = 0.0,
         forget_bias: float | None = None,
     ) -> None:
-        check_counts(num_layers=num_layers)
-        check_rates(self.cell_spec, dropout=dropout)
-        check_flags(batch_first=batch_first, bidirectional=bidirectional)
+        num_layers = as_count("num_layers", num_layers)
+        dropout = as_rate("dropout", dropout)
+        bidirectional = as_flag("bidirectional", bidirectional)
+        check_flags(
+            bias=bias, batch_first=batch_first
+        )  # torch.nn takes no number here: an argument in a wrong place shows
         if dropout and num_layers == 1:
             warnings.warn(f"dropout={dropout} acts between layers, and there is only one layer", stacklevel=2)
         plan = self.default_norm if norm is None else norm
@@ -73,7 +81,7 @@ class Recurrent(RecurrentBase):
             input_size=input_size,
             hidden_size=hidden_size,
             proj_size=proj_size,
-            spec=spec.LayerSpec(self.cell_spec, plan, bias, proj_size != 0, len(ends)),
+            spec=spec.LayerSpec(self.cell_spec, plan, bias, bool(proj_size), len(ends)),
             suffixes=[[f"_l{layer}{end}" for end in ends] for layer in range(num_layers)],
             zoneout=zoneout,
             zoneout_cell=zoneout_cell,
@@ -86,19 +94,72 @@ class Recurrent(RecurrentBase):
         self.batch_first = batch_first
         self.dropout = dropout
         self.bidirectional = bidirectional
+        self.reset_parameters()
 
     def _repr_defaults(self) -> dict[str, Any]:
         return {"num_layers": 1, "batch_first": False, "dropout": 0.0, "bidirectional": False}
 
+    # What torch.nn.RNNBase keeps in lists of its own follows from the names here. Its other methods work on these.
+
+    __jit_unused_properties__ = ["all_weights", "_all_weights", "_flat_weights_names", "_flat_weights"]  # noqa: RUF012
+    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
+    __setstate__ = nn.Module.__setstate__
+    _apply = nn.Module._apply
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
+
+    def _init_flat_weights(self) -> None:
+        """Does nothing: `_flat_weights` is never stale."""
+
+    _update_flat_weights = _init_flat_weights
+
     @property
-    def all_weights(self) -> list[list[Tensor]]:
-        """The parameters of every layer and direction, as in `torch.nn.LSTM`."""
+    def _all_weights(self) -> list[list[str]]:  # type: ignore[override]
+        """The names of the parameters of every layer and direction."""
         size = len(self.spec.parameter_names)
-        return [
-            [getattr(self, name) for name in names[at : at + size]]
-            for names in self._names
-            for at in range(0, len(names), size)
-        ]
+        return [names[at : at + size] for names in self._names for at in range(0, len(names), size)]
+
+    @property
+    def all_weights(self) -> list[list[Any]]:
+        """The parameters of every layer and direction, as in `torch.nn.LSTM`."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:  # type: ignore[override]
+        """The names of all parameters."""
+        return [name for names in self._names for name in names]
+
+    @property  # type: ignore[override]
+    def _flat_weights(self) -> tuple[Tensor, ...]:
+        """All parameters, for who hands them to torch's own functions; a tuple, since a list would take what it cannot keep.
+
+        Raises:
+            RuntimeError: the layer is none of torch's.
+        """
+        if not self.norm.is_none or self.spec.cell.diagonal:
+            raise RuntimeError(
+                f"{type(self).__name__} has no _flat_weights: torch's own kernels would compute another layer with them; "
+                "all_weights has the parameters"
+            )
+        return tuple(getattr(self, name) for name in self._flat_weights_names)
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Any) -> None:
+        for name, weight in zip(self._flat_weights_names, weights, strict=True):
+            setattr(self, name, weight)
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """As in `torch.nn.LSTM`: raise unless input, `[T, B, I]` or with `batch_sizes` `[N, I]`, fits the layer.
+
+        Raises:
+            festina.checks.MismatchError: it does not.
+        """
+        dim = 3 if batch_sizes is None else 2
+        if input.dim() != dim:
+            raise MismatchError(f"input must be {dim}-D, got {input.dim()}-D {list(input.shape)}")
+        check_input(input, self.input_size, self.layer_parameters()[0])
 
     def flatten_parameters(self) -> None:
         """Does nothing: parameters need not share one block of memory. It is here for code written for `torch.nn`."""
@@ -143,6 +204,8 @@ class Recurrent(RecurrentBase):
         Raises:
             TypeError, ValueError: an argument is of a wrong type, shape, dtype, device or range.
         """
+        if isinstance(input, Proxy):
+            return leaf(self, input, hx, lengths=lengths, resets=resets)
         D, L = self.spec.directions, self.num_layers
         steps, packing = pack(input, D, self.batch_first, lengths, resets)
         lead = ("num_layers * num_directions", L * D)
@@ -169,7 +232,7 @@ class Recurrent(RecurrentBase):
         return packing.unpack(steps), packing.final_state(states)
 
 
-class LSTM(Recurrent):
+class LSTM(Recurrent, nn.LSTM):
     """The LSTM of `torch.nn.LSTM`, gates i f g o, without a norm unless `norm` says otherwise.
 
         a   = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
@@ -184,6 +247,7 @@ class LSTM(Recurrent):
     (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
 
+    mode = "LSTM"
     cell_spec = spec.LSTM
     cell_class = cells.LSTMCell
 
@@ -209,7 +273,7 @@ class LayerNormLSTM(LSTM):
     default_forget_bias = 1.0
 
 
-class GRU(Recurrent):
+class GRU(Recurrent, nn.GRU):
     """The GRU of `torch.nn.GRU`, gates r z n, without a norm unless `norm` says otherwise.
 
         r, z = σ(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
@@ -223,6 +287,7 @@ class GRU(Recurrent):
     (torch.Size([7, 2, 10]), torch.Size([2, 2, 5]))
     """
 
+    mode = "GRU"
     cell_spec = spec.GRU
     cell_class = cells.GRUCell
 
@@ -256,8 +321,9 @@ class IndRNN(Recurrent):
 
     def __init__(self, *args: Any, nonlinearity: str = "tanh", **kwargs: Any) -> None:
         self.cell_spec = cells.indrnn_spec(nonlinearity)
-        super().__init__(*args, **kwargs)
         self.nonlinearity = nonlinearity
+        self.mode = f"INDRNN_{nonlinearity.upper()}"  # none of torch.nn's, so that its kernels refuse it
+        super().__init__(*args, **kwargs)
 
     def _cell_options(self) -> dict[str, Any]:
         return {"nonlinearity": self.nonlinearity}
@@ -275,3 +341,6 @@ class LayerNormIndRNN(IndRNN):
 
     cell_class = cells.LayerNormIndRNNCell
     default_norm = norms.HASTE
+
+
+dynamo.admit(Recurrent)

@@ -10,10 +10,18 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy, Tracer
 
 from festina import norms
 from festina.call import Call
-from festina.checks import check_counts, check_dtype, check_forget_bias, check_proj_size, check_rates
+from festina.checks import (
+    as_count,
+    as_rate,
+    check_dtype,
+    check_forget_bias,
+    check_proj_size,
+    check_zoneout_cell,
+)
 from festina.norms import NormPlan
 from festina.spec import CellSpec, LayerSpec
 
@@ -27,11 +35,14 @@ MOST_PLAN_BYTES = 4096
 class RecurrentBase(nn.Module):
     """A module with the parameters of one recurrent cell for each layer and direction.
 
-    Subclasses name their cell, and the default plan and forget bias.
+    Subclasses name their cell, and the default plan and forget bias. They inherit from `torch.nn`'s class of their name too,
+    so that `isinstance` tells what they are, but use nothing of it. The last thing that their `__init__` does is to call
+    `reset_parameters`, as in `torch.nn`: a subclass that has its own finds every option in place.
 
     Args:
         spec: the layer that every one of the stack is.
         suffixes: layer by layer, the suffix of each direction's parameter names.
+        least_size: of input_size and hidden_size.
         Others as in `festina.layers.Recurrent`.
     """
 
@@ -53,12 +64,14 @@ class RecurrentBase(nn.Module):
         forget_bias: float | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        least_size: int = 1,
     ) -> None:
-        super().__init__()
-        check_counts(input_size=input_size, hidden_size=hidden_size)
+        nn.Module.__init__(self)
+        input_size = as_count("input_size", input_size, least_size)
+        hidden_size = as_count("hidden_size", hidden_size, least_size)
+        proj_size = as_count("proj_size", proj_size, 0)
         check_proj_size(spec.cell, proj_size, hidden_size)
         check_dtype(dtype)
-        check_rates(spec.cell, zoneout=zoneout, zoneout_cell=zoneout_cell, dropconnect=dropconnect)
         check_forget_bias(spec.cell, forget_bias)
         if input_size == 1 and spec.plan.placement == "separate" and not spec.plan.inner_bias:
             warnings.warn(
@@ -72,10 +85,11 @@ class RecurrentBase(nn.Module):
         self.proj_size = proj_size
         self.bias = spec.bias
         self.spec = spec
-        self.zoneout = zoneout
-        self.zoneout_cell = zoneout_cell
-        self.dropconnect = dropconnect
-        self.forget_bias = self.default_forget_bias if forget_bias is None else forget_bias
+        self.zoneout = as_rate("zoneout", zoneout)
+        self.zoneout_cell = as_rate("zoneout_cell", zoneout_cell)
+        check_zoneout_cell(spec.cell, self.zoneout_cell)
+        self.dropconnect = as_rate("dropconnect", dropconnect)
+        self.forget_bias = self.default_forget_bias if forget_bias is None else float(forget_bias)
         self._names: list[list[str]] = []
         inputs = input_size
         for per_direction in suffixes:
@@ -86,7 +100,6 @@ class RecurrentBase(nn.Module):
                     self.register_parameter(name + suffix, parameter)
             self._names.append([name + suffix for suffix in per_direction for name in shapes])
             inputs = self.output_size * len(per_direction)
-        self.reset_parameters()
 
     @property
     def output_size(self) -> int:
@@ -108,7 +121,7 @@ class RecurrentBase(nn.Module):
         so that the same seed gives the same values. Gains are 1 and the shifts of norms 0, as in `torch.nn.LayerNorm`.
         `forget_bias` is added to the forget gate's shift (Gers et al. 2000; 1 in haste) if the layer has biases.
         """
-        bound = 1.0 / math.sqrt(self.hidden_size)
+        bound = 1.0 / math.sqrt(max(self.hidden_size, 1))
         H, spec = self.hidden_size, self.spec
         for names in self._names:
             for full, name in zip(names, spec.parameter_names * spec.directions, strict=True):
@@ -228,6 +241,13 @@ class RecurrentBase(nn.Module):
     def _repr_defaults(self) -> dict[str, Any]:
         """Options and the values at which `repr` leaves them out."""
         return {}
+
+
+def leaf(module: nn.Module, input: Proxy, *args: Any, **kwargs: Any) -> Proxy:
+    """A call of the module as one node of the graph that `torch.fx.symbolic_trace` makes, as those of `torch.nn` are."""
+    tracer = input.tracer
+    assert isinstance(tracer, Tracer)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, *args), kwargs)
 
 
 def plan_tensor(plan: NormPlan) -> Tensor:

@@ -118,7 +118,8 @@ def norm_c(c: Tensor, plan: NormPlan, p: dict[str, Tensor]) -> Tensor:
 def recurrent_product(layer: LayerSpec, h: Tensor, p: dict[str, Tensor]) -> Tensor:
     """W_hh h: [B, P] to [B, G, H], not yet normalised."""
     product = h * p["weight_hh"] if layer.cell.diagonal else F.linear(h, p["weight_hh"], p.get("bias_inner_hh"))
-    return product.view(h.shape[0], len(layer.cell.gates), -1)
+    gates = len(layer.cell.gates)
+    return product.view(h.shape[0], gates, product.shape[1] // gates)
 
 
 def pre_activations(layer: LayerSpec, x: Tensor, product: Tensor, p: dict[str, Tensor]) -> PreActivations:
@@ -167,10 +168,10 @@ def input_product(layer: LayerSpec, input: Tensor, p: dict[str, Tensor]) -> Tens
     """W_ih x of every step at once: [N, I] to [N, G, H], normalised and shifted unless the norm is joint."""
     gates = len(layer.cell.gates)
     H = p["weight_ih"].shape[0] // gates
-    x = wide(F.linear(input, p["weight_ih"], p.get("bias_inner"))).view(-1, gates, H)
+    x = wide(F.linear(input, p["weight_ih"], p.get("bias_inner"))).view(input.shape[0], gates, H)
     if "gain_ih" in p:
         return normalize(x, layer.plan, p["gain_ih"], p.get("bias_ih"))
-    return x + p["bias_ih"].view(gates, -1) if "bias_ih" in p else x
+    return x + p["bias_ih"].view(gates, H) if "bias_ih" in p else x
 
 
 def zoneout(old: Tensor, new: Tensor, mask: Tensor | None, rate: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from festina.checks import Lengths, check_lengths, check_resets, check_state
+from festina.checks import Lengths, MismatchError, check_lengths, check_resets, check_state
 from festina.spec import CellSpec
 
 InitialState = Tensor | tuple[Tensor, Tensor]
@@ -92,7 +92,7 @@ class Packing:
 
         Raises:
             TypeError: a bare tensor for a cell with two states, a pair for a cell with one, or neither.
-            ValueError: a state of a wrong shape, dtype or device.
+            MismatchError: a state of a wrong shape, dtype or device.
         """
         name, X = lead
         if hx is None:
@@ -118,33 +118,34 @@ def sort_rows(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor, Tenso
     torch.compile calls it as the operator `festina::sort_rows`, since it cannot trace data-dependent shapes.
 
     Raises:
-        ValueError: a length below 0 or above T.
+        MismatchError: a length below 0 or above T.
     """
     B = len(lengths)
     if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
-        raise ValueError(f"lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
+        raise MismatchError(f"lengths must lie in [0, T] = [0, {T}], got {lengths.tolist()}")
     order = torch.argsort(lengths, descending=True, stable=True)
     by_length = lengths[order]
-    steps = torch.arange(int(by_length[0]) if B else 0)
+    steps = torch.arange(int(by_length[0]) if B else 0, device=lengths.device)
     return order, (steps.unsqueeze(1) < by_length).sum(1), _index(by_length, order, T, B, batch_first)
 
 
 def _index(lengths: Tensor, order: Tensor, T: int, B: int, batch_first: bool) -> Tensor:
     """The place of each packed step in the flattened batch; `lengths` in packed order."""
-    t = torch.arange(T).unsqueeze(1)
+    t = torch.arange(T, device=lengths.device).unsqueeze(1)
     places = order * T + t if batch_first else t * B + order
     return places[t < lengths]
 
 
 def _lengths(packed: PackedSequence) -> Tensor:
     """The length of each row of a `PackedSequence`, longest first."""
-    return (packed.batch_sizes.unsqueeze(1) > torch.arange(int(packed.batch_sizes[0]))).sum(0)
+    sizes = packed.batch_sizes
+    return (sizes.unsqueeze(1) > torch.arange(int(sizes[0]), device=sizes.device)).sum(0)
 
 
 def _places(packed: PackedSequence, by_length: Tensor, batch_first: bool) -> Tensor:
     """The place of each step of a `PackedSequence` in the flattened batch."""
     T, B = len(packed.batch_sizes), len(by_length)
-    order = torch.arange(B) if packed.sorted_indices is None else packed.sorted_indices.cpu()
+    order = torch.arange(B, device=by_length.device) if packed.sorted_indices is None else packed.sorted_indices.cpu()
     return _index(by_length, order, T, B, batch_first).to(packed.data.device)
 
 
@@ -157,7 +158,8 @@ def _directed(resets: Tensor, lengths: Tensor | None, directions: int) -> Tensor
     if directions == 1:
         return resets.unsqueeze(0)
     if lengths is not None:
-        resets = resets & (torch.arange(len(resets)).unsqueeze(1) < lengths).to(resets.device)
+        steps = torch.arange(len(resets), device=lengths.device)
+        resets = resets & (steps.unsqueeze(1) < lengths).to(resets.device)
     return torch.stack([resets, torch.cat([resets[1:], torch.zeros_like(resets[:1])])])
 
 
@@ -179,14 +181,14 @@ def pack(
 
     Raises:
         TypeError: input, lengths or resets are of a wrong type.
-        ValueError: they are of a wrong shape, on a wrong device, or lengths are out of range.
+        MismatchError: they are of a wrong shape, on a wrong device, or lengths are out of range.
     """
     if isinstance(input, PackedSequence):
         return _pack_packed(input, directions, batch_first, lengths, resets)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
     if input.dim() not in (2, 3):
-        raise ValueError(
+        raise MismatchError(
             f"input must be 3-D, {'[B, T, I]' if batch_first else '[T, B, I]'}, or 2-D, [T, I], for one row; "
             f"got {input.dim()}-D {list(input.shape)}"
         )
@@ -198,7 +200,7 @@ def pack(
         return packing.pack(batched), packing
     if lengths is not None:
         if not is_batched:
-            raise ValueError("lengths belong to a batch, but input is one row, [T, I]; cut it with input[:length]")
+            raise MismatchError("lengths belong to a batch, but input is one row, [T, I]; cut it with input[:length]")
         lengths = check_lengths(lengths, B)
     if resets is not None:
         shape, axes = ((B, T), "[B, T]") if batch_first else ((T, B), "[T, B]")
@@ -207,7 +209,7 @@ def pack(
 
     is_compiling = torch.compiler.is_compiling()
     if lengths is not None and is_compiling and torch.onnx.is_in_onnx_export():
-        packing.is_active = torch.arange(T).unsqueeze(1) < lengths
+        packing.is_active = torch.arange(T, device=lengths.device).unsqueeze(1) < lengths
         packing.resets = None if resets is None else _directed(resets, lengths, directions).flatten(1)
         return packing.pack(batched), packing
     if lengths is None or not (is_compiling or bool((lengths != T).any())):
@@ -227,13 +229,13 @@ def _pack_packed(
     input: PackedSequence, directions: int, batch_first: bool, lengths: Lengths | None, resets: Tensor | None
 ) -> tuple[Tensor, Packing]:
     if lengths is not None:
-        raise ValueError("a PackedSequence holds its own lengths; give lengths with a padded tensor only")
+        raise MismatchError("a PackedSequence holds its own lengths; give lengths with a padded tensor only")
     if not len(input.batch_sizes):
-        raise ValueError("a PackedSequence must have at least one step, got none in batch_sizes")
+        raise MismatchError("a PackedSequence must have at least one step, got none in batch_sizes")
     T, B = len(input.batch_sizes), int(input.batch_sizes[0])
     for order in (input.sorted_indices, input.unsorted_indices):
         if order is not None and order.shape != (B,):
-            raise ValueError(
+            raise MismatchError(
                 f"sorted_indices and unsorted_indices of a PackedSequence must be [B] = [{B}], as batch_sizes[0] says, got "
                 f"{list(order.shape)}"
             )

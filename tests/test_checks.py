@@ -28,21 +28,20 @@ LAYERS = [
 CELLS = [layer.cell_class for layer in LAYERS]
 
 CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"input_size": 0}, ValueError, r"input_size must be at least 1, got 0"),
+    ({"input_size": -1}, ValueError, r"input_size must be at least [01], got -1"),
     ({"input_size": "3"}, TypeError, r"input_size must be an int, got str"),
     ({"input_size": True}, TypeError, r"input_size must be an int, got bool"),
-    ({"hidden_size": 0}, ValueError, r"hidden_size must be at least 1, got 0"),
-    ({"hidden_size": -2}, ValueError, r"hidden_size must be at least 1, got -2"),
+    ({"hidden_size": -2}, ValueError, r"hidden_size must be at least [01], got -2"),
     ({"hidden_size": 5.0}, TypeError, r"hidden_size must be an int, got float"),
     ({"proj_size": 5}, ValueError, r"proj_size must lie in \[0, hidden_size\) = \[0, 5\), got 5"),
-    ({"proj_size": -1}, ValueError, r"proj_size must lie in \[0, hidden_size\) = \[0, 5\), got -1"),
+    ({"proj_size": -1}, ValueError, r"proj_size must be at least 0, got -1"),
     ({"proj_size": "2"}, TypeError, r"proj_size must be an int, got str"),
     ({"zoneout": float("nan")}, ValueError, r"zoneout must be a probability in \[0, 1\], got nan"),
     ({"zoneout": True}, ValueError, r"zoneout must be a probability in \[0, 1\], got True"),
     ({"dropconnect": "0.1"}, ValueError, r"dropconnect must be a probability in \[0, 1\], got '0.1'"),
     ({"dropconnect": -0.1}, ValueError, r"dropconnect must be a probability in \[0, 1\], got -0.1"),
     ({"zoneout_cell": 1.5}, ValueError, r"zoneout_cell must be a probability in \[0, 1\], got 1.5"),
-    ({"bias": 1}, TypeError, r"bias must be True or False, got 1"),
+    ({"bias": 2}, TypeError, r"bias must be True or False, got 2"),
     ({"bias": 0.5}, TypeError, r"bias must be True or False, got 0.5"),
     ({"norm": "HASTE"}, TypeError, r"norm must be a NormPlan, such as norms.HASTE, got 'HASTE'; festina.norms has"),
     ({"norm": True}, TypeError, r"norm must be a NormPlan, such as norms.HASTE, got True"),
@@ -70,6 +69,12 @@ def test_construction(module: Any, options: dict[str, Any], error: type[Exceptio
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
 def test_construction_of_layers(layer: Any) -> None:
+    with pytest.raises(ValueError, match="input_size must be at least 1, got 0"):
+        layer(0, H)
+    with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
+        layer(I, 0)
+    with pytest.raises(TypeError, match="bias must be True or False, got 1"):
+        layer(I, H, bias=1)
     with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
         layer(I, H, 0)
     with pytest.raises(TypeError, match="num_layers must be an int, got bool"):

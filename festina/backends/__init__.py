@@ -193,9 +193,13 @@ def _chosen(layer: LayerSpec, dtype: torch.dtype, device: torch.device, force: s
 def choose(call: Call, force: str = "") -> Backend:
     """The backend that carries out a call: the best that can, or `force` if it can.
 
+    Without units (H = 0, which `torch.nn`'s cells allow) there is nothing for a kernel to do, and the reference serves all.
+
     Raises:
         BackendError: `force` is unknown or cannot run the call.
     """
+    if 0 in call.h_0.shape[2:]:
+        return EAGER
     return _chosen(call.layer, call.input.dtype, call.input.device, force)
 
 

@@ -1,0 +1,184 @@
+"""`replace`: a model written with `torch.nn`'s LSTM and GRU runs on Festina's, in place, and back."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from festina import cells, layers
+from festina.module import RecurrentBase
+from festina.norms import NormPlan
+
+OURS: dict[type[nn.Module], tuple[type[Any], type[Any]]] = {
+    nn.LSTM: (layers.LSTM, layers.LayerNormLSTM),
+    nn.GRU: (layers.GRU, layers.LayerNormGRU),
+    nn.LSTMCell: (cells.LSTMCell, cells.LayerNormLSTMCell),
+    nn.GRUCell: (cells.GRUCell, cells.LayerNormGRUCell),
+}
+"""Festina's class without and with norms for each of torch's."""
+
+OTHERS = (nn.RNNBase, nn.RNNCellBase)
+ARGUMENTS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+
+
+@dataclass(eq=False)
+class Replacement:
+    """What `replace` has done; `undo` takes it back. Its `str` is a line for each recurrent module of the model.
+
+    Args:
+        replaced: by the name of each module in the model, what it is now.
+        kept: by name, why a recurrent module was left as it was.
+        new: the parameters that the model had not before (gains, shifts of norms), by name: an optimizer needs them.
+        removed: the parameters that it has no longer, as the two biases under a joint norm.
+    """
+
+    replaced: dict[str, nn.Module] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    new: dict[str, nn.Parameter] = field(default_factory=dict)
+    removed: dict[str, nn.Parameter] = field(default_factory=dict)
+    _former: list[_Former] = field(default_factory=list, repr=False)
+
+    def undo(self) -> None:
+        """Make each module what it was, with the values that its parameters have now. Only the first call does something."""
+        while self._former:
+            self._former.pop().restore()
+
+    def __str__(self) -> str:
+        lines = [f"{name or '(the model)'}: now {module}" for name, module in self.replaced.items()]
+        lines += [f"{name or '(the model)'}: kept, {why}" for name, why in self.kept.items()]
+        return "\n".join(lines) or "no recurrent module of torch.nn found"
+
+
+@dataclass(eq=False)
+class _Former:
+    """A module of torch's before it was replaced: its class, what Festina's class has taken out, what that has put in."""
+
+    module: RecurrentBase
+    kind: type[nn.Module]
+    attributes: dict[str, Any]
+    removed: dict[str, nn.Parameter | None]
+    added: set[str]
+
+    def restore(self) -> None:
+        module: Any = self.module
+        weight = module.layer_parameters()[0]
+        for bias in self.removed.values():
+            if bias is not None:  # what the model has become meanwhile
+                bias.data = bias.data.to(weight)
+        for name in self.added:
+            module.__dict__.pop(name, None)
+            module._parameters.pop(name, None)
+        module.__class__ = self.kind
+        module.__dict__.update(self.attributes)
+        module._parameters.update(self.removed)
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # of the parameters that there are now
+
+
+def replace(model: nn.Module, norm: NormPlan | None = None) -> Replacement:
+    """Make every `torch.nn.LSTM`, `GRU`, `LSTMCell` and `GRUCell` of a model Festina's.
+
+    Modules change in place, and so does the model itself if it is one of them: hooks, `training`, parameters and all
+    references to a module stay. Without `norm` the model computes what it did and its state dict has the same keys and
+    tensors; an optimizer goes on with the same parameters.
+
+    With `norm` each of them is normalised under that plan, plain layers and cells of Festina's as well, and the model is
+    another function. Weights and biases are kept; gains are 1, new shifts 0. Parameters change: make the optimizer, DDP or
+    FSDP afterwards.
+
+    Args:
+        model: the model.
+        norm: a plan of `festina.norms`, or None.
+
+    Returns:
+        What was replaced, what was not and why, and `undo`.
+
+    Raises:
+        TypeError: `model` is no module, or `norm` no plan.
+        ValueError: the plan does not fit a module. Then nothing has changed.
+
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.GRU(4, 5))
+    >>> print(replace(model))
+    1: now GRU(4, 5)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if norm is not None and not isinstance(norm, NormPlan):
+        raise TypeError(f"norm must be a NormPlan, such as norms.HASTE, or None, got {norm!r}")
+    if norm is not None and norm.is_none:
+        norm = None
+    found = Replacement()
+    plans: dict[str, tuple[nn.Module, RecurrentBase]] = {}
+    for name, module in model.named_modules():
+        if (why := _why_not(module, norm)) is not None:
+            found.kept[name] = why
+        elif isinstance(module, OTHERS):
+            plans[name] = module, _like(module, norm)
+    for name, (module, ours) in plans.items():
+        former = _become(module, ours)
+        found._former.append(former)
+        found.replaced[name] = module
+        dot = f"{name}." if name else ""
+        found.new |= {dot + key: module.get_parameter(key) for key in former.added & module._parameters.keys()}
+        found.removed |= {dot + key: bias for key, bias in former.removed.items() if bias is not None}
+    return found
+
+
+def _why_not(module: nn.Module, norm: NormPlan | None) -> str | None:
+    """Why a recurrent module is kept; None for one that can be replaced, and for all others."""
+    if not isinstance(module, OTHERS) or type(module) in OURS:
+        return None
+    if isinstance(module, RecurrentBase):
+        if norm is None:
+            return "it is Festina's already"
+        if not module.norm.is_none:
+            return f"it has a norm already, {module.norm}"
+        return None if _pair(module) else "it is a class of its own"
+    if type(module) in (nn.RNN, nn.RNNCell):
+        return "Festina has no plain RNN"
+    return f"{type(module).__name__} is a class of its own, and what it adds to torch's would be lost"
+
+
+def _pair(module: nn.Module) -> tuple[type[Any], type[Any]] | None:
+    """Festina's class without and with norms for a module of torch's, or of Festina's without norms."""
+    kind = type(module)
+    return OURS.get(kind) or next((pair for pair in OURS.values() if pair[0] is kind), None)
+
+
+def _like(module: nn.Module, norm: NormPlan | None) -> RecurrentBase:
+    """A module of Festina's with the same arguments, on the meta device."""
+    pair = _pair(module)
+    assert pair is not None
+    given: dict[str, Any] = {name: getattr(module, name) for name in ARGUMENTS if getattr(module, name, 0)}
+    given["bias"] = module.bias
+    if isinstance(module, RecurrentBase):
+        given |= {name: getattr(module, name) for name in ("zoneout", "zoneout_cell", "dropconnect", "forget_bias")}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="dropout=")  # torch.nn has warned already
+        made: RecurrentBase = pair[norm is not None](**given, norm=norm, device="meta")
+        return made
+
+
+def _become(module: nn.Module, ours: RecurrentBase) -> _Former:
+    """Give a module the class and the attributes of `ours`, and the parameters that it lacks."""
+    machinery = vars(nn.Module()).keys()
+    options = {name: value for name, value in vars(ours).items() if name not in machinery}
+    former = {name: value for name, value in vars(module).items() if name not in machinery}
+    like = getattr(module, ours._names[0][0])  # not one of `parameters()`, where all of them are computed
+    fresh = [name for name in ours._parameters if not hasattr(module, name)]
+    gone = [name for name in module._parameters if name.startswith("bias") and not hasattr(ours, name)]
+    kind, removed = type(module), {name: module._parameters.pop(name) for name in gone}
+
+    for name in former.keys() - options.keys():
+        del module.__dict__[name]
+    module.__class__ = type(ours)
+    module.__dict__.update(options)
+    for name in fresh:
+        fill = torch.ones_like if name.startswith("gain") else torch.zeros_like
+        parameter = nn.Parameter(fill(ours.get_parameter(name), dtype=like.dtype, device=like.device))
+        module.register_parameter(name, parameter)
+    return _Former(cast(RecurrentBase, module), kind, former, removed, {*fresh, *options.keys() - former.keys()})
