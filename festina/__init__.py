@@ -3,6 +3,20 @@
 from festina import backends, convert, functional, norms
 from festina.cells import GRUCell, IndRNNCell, LayerNormGRUCell, LayerNormIndRNNCell, LayerNormLSTMCell, LSTMCell
 from festina.layers import GRU, LSTM, IndRNN, LayerNormGRU, LayerNormIndRNN, LayerNormLSTM
+from festina.lazy import (
+    LazyGRU,
+    LazyGRUCell,
+    LazyIndRNN,
+    LazyIndRNNCell,
+    LazyLayerNormGRU,
+    LazyLayerNormGRUCell,
+    LazyLayerNormIndRNN,
+    LazyLayerNormIndRNNCell,
+    LazyLayerNormLSTM,
+    LazyLayerNormLSTMCell,
+    LazyLSTM,
+    LazyLSTMCell,
+)
 from festina.norms import NormPlan
 from festina.swap import replace
 
@@ -21,6 +35,18 @@ __all__ = [
     "LayerNormIndRNNCell",
     "LayerNormLSTM",
     "LayerNormLSTMCell",
+    "LazyGRU",
+    "LazyGRUCell",
+    "LazyIndRNN",
+    "LazyIndRNNCell",
+    "LazyLSTM",
+    "LazyLSTMCell",
+    "LazyLayerNormGRU",
+    "LazyLayerNormGRUCell",
+    "LazyLayerNormIndRNN",
+    "LazyLayerNormIndRNNCell",
+    "LazyLayerNormLSTM",
+    "LazyLayerNormLSTMCell",
     "NormPlan",
     "backends",
     "convert",

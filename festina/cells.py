@@ -32,6 +32,8 @@ class Cell(RecurrentBase, nn.RNNCellBase):
         TypeError, ValueError: an argument is of a wrong type or range, or the plan does not fit the cell.
     """
 
+    least_size = 0
+
     def __init__(
         self,
         input_size: int,
@@ -60,7 +62,6 @@ class Cell(RecurrentBase, nn.RNNCellBase):
             forget_bias=forget_bias,
             device=device,
             dtype=dtype,
-            least_size=0,
         )
         self.reset_parameters()
 

@@ -42,13 +42,14 @@ class RecurrentBase(nn.Module):
     Args:
         spec: the layer that every one of the stack is.
         suffixes: layer by layer, the suffix of each direction's parameter names.
-        least_size: of input_size and hidden_size.
         Others as in `festina.layers.Recurrent`.
     """
 
     cell_spec: CellSpec
     default_norm: ClassVar[NormPlan] = norms.NONE
     default_forget_bias: ClassVar[float] = 0.0
+    least_size: ClassVar[int] = 1
+    """Of input_size and hidden_size."""
 
     def __init__(
         self,
@@ -64,22 +65,15 @@ class RecurrentBase(nn.Module):
         forget_bias: float | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        least_size: int = 1,
     ) -> None:
         nn.Module.__init__(self)
-        input_size = as_count("input_size", input_size, least_size)
-        hidden_size = as_count("hidden_size", hidden_size, least_size)
+        input_size = as_count("input_size", input_size, self.least_size)
+        hidden_size = as_count("hidden_size", hidden_size, self.least_size)
         proj_size = as_count("proj_size", proj_size, 0)
         check_proj_size(spec.cell, proj_size, hidden_size)
         check_dtype(dtype)
         check_forget_bias(spec.cell, forget_bias)
-        if input_size == 1 and spec.plan.placement == "separate" and not spec.plan.inner_bias:
-            warnings.warn(
-                "a norm on the product with a single input feature removes its magnitude, N(w·x) = sign(x)·N(w): only "
-                "sign(x) survives; put a linear layer in front, or choose a plan without a norm on the input, such as "
-                "norms.NONE or a joint one",
-                stacklevel=3,
-            )
+        warn_of_one_feature(spec, input_size, stacklevel=4)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.proj_size = proj_size
@@ -241,6 +235,17 @@ class RecurrentBase(nn.Module):
     def _repr_defaults(self) -> dict[str, Any]:
         """Options and the values at which `repr` leaves them out."""
         return {}
+
+
+def warn_of_one_feature(spec: LayerSpec, input_size: int, stacklevel: int) -> None:
+    """Warn if the norm is on the product with a single feature alone."""
+    if input_size == 1 and spec.plan.placement == "separate" and not spec.plan.inner_bias:
+        warnings.warn(
+            "a norm on the product with a single input feature removes its magnitude, N(w·x) = sign(x)·N(w): only "
+            "sign(x) survives; put a linear layer in front, or choose a plan without a norm on the input, such as "
+            "norms.NONE or a joint one",
+            stacklevel=stacklevel,
+        )
 
 
 def leaf(module: nn.Module, input: Proxy, *args: Any, **kwargs: Any) -> Proxy:
