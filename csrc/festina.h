@@ -13,7 +13,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-#define FESTINA_VERSION 6
+#define FESTINA_VERSION 7
 #define FESTINA_MOST_THREADS 256
 #define FESTINA_MOST_SIZE (INT64_C(1) << 40)  /* of T, B, I, H, P and N, each */
 #define FESTINA_MOST_BYTES (INT64_C(1) << 62) /* of all tensors and buffers of a call together */
@@ -29,7 +29,8 @@ extern "C" {
 #define FESTINA_TYPES(VALUE)                     \
   VALUE(type, FESTINA_FLOAT32, "float32")        \
   VALUE(type, FESTINA_FLOAT64, "float64")        \
-  VALUE(type, FESTINA_BFLOAT16, "bfloat16")
+  VALUE(type, FESTINA_BFLOAT16, "bfloat16")      \
+  VALUE(type, FESTINA_FLOAT16, "float16")
 
 #define FESTINA_CELLS(VALUE)                     \
   VALUE(cell, FESTINA_LSTM, "lstm")              \
@@ -163,7 +164,7 @@ int festina_version(void);
 
 /* This file and kernels.inc as text, one entry a line, its words separated by single spaces:
 
-     version 6
+     version 7
      size <struct> <bytes>
      field <struct> <name> <type> <offset> <count>     type: i64, u64, f64 or pointer; count: more than 1 for an array
      value <enum> <name> <integer>                     enum: pass, type, cell, placement, groups, cell_norm or status

@@ -213,11 +213,18 @@ MUTANTS: list[Mutant] = [
         KERNELS,
     ),
     core(
-        "forward: bfloat16 goes on from what was not rounded",
+        "forward: a narrow type goes on from what was not rounded",
         "core/forward.h",
-        "if (output.is_bfloat16) output.read(to, s.P, first_P, end_P, h, row);",
+        "if (output.is_narrow) output.read(to, s.P, first_P, end_P, h, row);",
         "",
         f"{KERNELS} tests/test_layers.py",
+    ),
+    core(
+        "narrow: float16 truncates",
+        "simd/narrow.h",
+        "_mm256_cvtps_ph(_mm256_loadu_ps(from + l), _MM_FROUND_TO_NEAREST_INT)",
+        "_mm256_cvtps_ph(_mm256_loadu_ps(from + l), _MM_FROUND_TO_ZERO)",
+        "-k in_cpp tests/cpu/test_kernels.py",
     ),
     core(
         "backward: a reset lets the gradient through",

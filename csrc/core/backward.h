@@ -34,7 +34,7 @@ inline WeightGradient weight_gradient_of(const Shape& s, const FestinaCall& call
 }
 
 template <class E> bool is_summed_in_place(const FestinaCall& call, long columns) {
-  return call.type != FESTINA_BFLOAT16 && columns % chunk<E> == 0;
+  return !is_narrow(call.type) && columns % chunk<E> == 0;
 }
 
 template <class E>

@@ -9,7 +9,6 @@ template <class E> struct Core {
   const FestinaCall& call;
   Kernels<E> kernels;
   Shape s;
-  bool is_bfloat16;
   Common common;
   ForwardBuffers<E> forward[2];
   BackwardBuffers<E> backward[2];
@@ -19,7 +18,6 @@ template <class E> struct Core {
 
   // Lays out every buffer; with the caller's null pointers, it only counts bytes.
   explicit Core(const FestinaCall& call) : call(call), kernels(kernels_for<E>(call)), s(shape_of<E>(call, kernels.traits)) {
-    is_bfloat16 = call.type == FESTINA_BFLOAT16;
     Arena work{(char*)call.workspace, 0}, panels{(char*)call.panels, 0}, saved{(char*)call.saved, 0};
     common = take_common(work, s);
     published = take_published<E>(work, s);
@@ -73,7 +71,7 @@ template <class E> struct Core {
     for (long i = 0; i < 1 + 2 * s.threads; ++i) common.barriers[i] = {common.watch, 0, 0, false};
     for (int i = 0; i < task_lists; ++i) common.tasks[i] = {};
     if (call.pass == FESTINA_BACKWARD && call.d_input && s.directions == 2)  // both directions add to it
-      __builtin_memset(call.d_input, 0, s.N * s.I * (is_bfloat16 ? 2 : sizeof(E)));
+      __builtin_memset(call.d_input, 0, s.N * s.I * (is_narrow(call.type) ? sizeof(Half) : sizeof(E)));
   }
 
   void run(long worker, long workers) const {

@@ -110,15 +110,15 @@ template <class E> struct Forward {
     for (long index = 0; t < stop; ++t)
       for (long r = 0, rows = order.rows(t); r < rows; ++r, ++index, ++count) {
         long token = order.token(t) + r;
-        my.left_at[count] = input.is_bfloat16 ? count * s.depth(s.I) : token * s.I;
+        my.left_at[count] = input.is_narrow ? count * s.depth(s.I) : token * s.I;
         my.target_at[count] = (product_row(t, index - r) + r) * chunk<E>;
-        if (input.is_bfloat16) read_input(token, my.rows + my.left_at[count]);
+        if (input.is_narrow) read_input(token, my.rows + my.left_at[count]);
       }
     bool has_inner = call.parameters[order.d][FESTINA_BIAS_INNER];
     long column = first * s.traits.gates, columns = (end - first) * s.traits.gates;
     Target<E> to{b.v[0].at(column, 0), my.target_at, b.v[0].stride()};
     if (has_inner) fill(to, count, columns, b.panels.inner + column * chunk<E>);
-    const E* left = input.is_bfloat16 ? my.rows : (const E*)call.input;
+    const E* left = input.is_narrow ? my.rows : (const E*)call.input;
     long depth = s.depth(s.I), panel = depth * chunk<E>;
     with_factor<E>(s.is_paired, Two{}, E{}, [&](auto e) {
       using F = decltype(e);
@@ -132,13 +132,16 @@ template <class E> struct Forward {
     part.look(count * columns * chunk<E> * depth);
   }
 
-  // One row of a bfloat16 input as the product takes it.
+  // One row of a narrow input as the product takes it.
   void read_input(long token, E* to) const {
-    const uint16_t* from = (const uint16_t*)call.input + token * s.I;
     if (!s.is_paired) {
-      for (long k = 0; k < s.I; ++k) to[k] = (E)from_bfloat16(from[k]);
+      Tensor<E> input(call.input, call.type);
+      long k = 0, at = token * s.I;
+      for (; k + chunk<E> <= s.I; k += chunk<E>) input.get_chunk(at + k, to + k);
+      for (; k < s.I; ++k) to[k] = input.get(at + k);
       return;
     }
+    const Half* from = (const Half*)call.input + token * s.I;
     Half* pairs = (Half*)to;
     pairs[2 * s.depth(s.I) - 1] = 0;  // an odd last term is paired with zero
     for (long k = 0; k < s.I; ++k) pairs[k] = from[k];
@@ -258,7 +261,7 @@ template <class E> struct Forward {
       }
       long to = ((token + r) * s.directions + order.d) * s.P;
       output.write(to, s.P, first_P, end_P, h, row);
-      if (output.is_bfloat16) output.read(to, s.P, first_P, end_P, h, row);
+      if (output.is_narrow) output.read(to, s.P, first_P, end_P, h, row);
       if (r >= order.rows(t + 1))
         store_state(r, t + 1);
       else if (order.is_reset(call, t + 1, r))

@@ -18,8 +18,14 @@ template <class E> void sum_rows(const Shape& s, const Weight<E>& w, long first,
   for (long i = 0; i < s.groups * w.columns; ++i) sums[i] = 0;
   for (long row = first; row < end; ++row) {
     E* sum = sums + s.group_of[row / w.H] * w.columns;
-    if (w.tensor.is_bfloat16) {
-      for (long k = 0; k < w.columns; ++k) sum[k] += w.tensor.get(row * w.columns + k);
+    if (w.tensor.is_narrow) {
+      alignas(64) E own[chunk<E>];
+      long k = 0, at = row * w.columns;
+      for (; k + chunk<E> <= w.columns; k += chunk<E>) {
+        w.tensor.get_chunk(at + k, own);
+        for (int l = 0; l < chunk<E>; l += lanes<E>) add_to(sum + k + l, load(own + l));
+      }
+      for (; k < w.columns; ++k) sum[k] += w.tensor.get(at + k);
     } else {
       const E* from = (const E*)w.tensor.data + row * w.columns;
       for (long k = 0; k < w.columns; ++k) sum[k] += from[k];
@@ -40,9 +46,9 @@ void column_means(const Shape& s, const Weight<E>& w, const E* sums, long stride
 
 // Columns [first, first + count) of one row of a weight, less their means; zeros for a row of -1 and for columns past the last.
 template <class E> INLINE void centred_row(const Weight<E>& w, long row, const E* mean, long first, long count, E* to) {
-  if (row >= 0 && count == chunk<E> && !w.tensor.is_bfloat16) {
-    const E* from = (const E*)w.tensor.data + row * w.columns + first;
-    for (int l = 0; l < chunk<E>; l += lanes<E>) store(to + l, mean ? load(from + l) - load(mean + first + l) : load(from + l));
+  if (row >= 0 && count == chunk<E>) {
+    w.tensor.get_chunk(row * w.columns + first, to);
+    for (int l = 0; mean && l < chunk<E>; l += lanes<E>) store(to + l, load(to + l) - load(mean + first + l));
     return;
   }
   for (int l = 0; l < chunk<E>; ++l)

@@ -118,7 +118,7 @@ def test_what_the_core_does_not_know_is_refused(monkeypatch):
 
     known = core.layout
     assert reason() is None
-    assert reason(torch.float16) == "it has no float16; use float32, float64, bfloat16"
+    assert reason(torch.float8_e5m2) == "it has no float8_e5m2; use float32, float64, bfloat16, float16"
     refused = "it has no kernel for the lstm step under the plan HASTE"
     assert reason(kernels=known.kernels - {("lstm", "separate", "readout")}) == refused
     assert reason(parameters={name: at for name, at in known.parameters.items() if name != "gain_c"}) == refused

@@ -1,5 +1,5 @@
 """The compiled core as a backend: every cell, under all plans but those that
-`missing_kernel` names, on the CPU in float32, float64 and bfloat16."""
+`missing_kernel` names, on the CPU in float32, float64, bfloat16 and float16."""
 
 from __future__ import annotations
 
