@@ -90,10 +90,14 @@ template <class E> struct Core {
 
   Weight<E> weight(long d, int which) const {
     const void* const* p = call.parameters[d];
-    if (which == FESTINA_WEIGHT_HR) return {Tensor<E>(p[which], call.type), 1, s.P, s.H, nullptr};
+    if (which == FESTINA_WEIGHT_HR) return {Tensor<E>(p[which], call.type), 1, s.P, s.H, nullptr, 0};
     bool is_input = which == FESTINA_WEIGHT_IH;
-    return {Tensor<E>(p[which], call.type), s.traits.gates, s.H, is_input ? s.I : s.P,
-            is_input ? means(d).input : means(d).recurrent};
+    return {Tensor<E>(p[which], call.type),
+            s.traits.gates,
+            s.H,
+            is_input ? s.I : s.P,
+            is_input ? means(d).input : means(d).recurrent,
+            is_input ? s.traits.gates : s.traits.centred_gates()};
   }
 
   void find_means(long worker, long workers) const {

@@ -1,9 +1,9 @@
 // What forward and backward share: the order of steps, and the buffers.
 #pragma once
 #include "gemm.h"
+#include "kernels.h"
 #include "norm.h"
 #include "panels.h"
-#include "pointwise.h"
 
 namespace ISA {
 

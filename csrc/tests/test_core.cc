@@ -10,9 +10,9 @@
 #include VECTOR_HEADER
 #include "../core/digest.h"
 #include "../core/gemm.h"
+#include "../core/kernels.h"
 #include "../core/math.h"
 #include "../core/panels.h"
-#include "../core/pointwise.h"
 
 namespace ISA {
 
@@ -235,7 +235,7 @@ template <class E> void check_saved(const char* name, int64_t placement, const T
 
 template <class E> void check_all_saved() {
 #define KERNEL(cell, placement, cell_norm, Cell) \
-  check_saved<E>(#cell " " #placement " " #cell_norm, placement, Pointwise<E, Cell, placement, cell_norm>::traits);
+  check_saved<E>(#cell " " #placement " " #cell_norm, placement, KernelsOf<E, Cell, placement, cell_norm>::type::traits);
 #include "../kernels.inc"
 #undef KERNEL
 }
