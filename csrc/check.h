@@ -71,6 +71,9 @@ inline int check_sizes(const FestinaCall& call, const Kind& kind) {
   if (call.has_panels && call.pass != FESTINA_INFERENCE)  // training saves what it finds while it fills them
     return fail("has_panels must be 0 in %s, got 1", name_of("pass", call.pass));
   if (!(call.eps >= 0 && call.eps <= __DBL_MAX__)) return fail("eps must be finite and at least 0, got %g", call.eps);
+  if (!(call.clip >= 0 && call.clip <= __DBL_MAX__)) return fail("clip must be finite and at least 0, got %g", call.clip);
+  if (call.clip != 0 && !kind.has_c)
+    return fail("clip must be 0, since cell %s has no c, got %g", name_of("cell", call.cell), call.clip);
 #define CHECK_RATE(name)                                                                                \
   if (!(call.name >= 0 && call.name <= 1)) return fail(#name " must lie in [0, 1], got %g", call.name); \
   if (!call.has_##name && call.name != 0) return fail("has_" #name " must be 1 with " #name " = %g, got 0", call.name);

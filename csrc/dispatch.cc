@@ -2,6 +2,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #define ISA_LINE(name, condition) \
   namespace name {                \
@@ -12,6 +15,14 @@
 
 namespace festina {
 namespace {
+
+#if defined(__x86_64__)
+// Before GCC 11 __builtin_cpu_supports does not know it.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 struct Candidate {
   const Isa* isa;

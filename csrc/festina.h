@@ -13,7 +13,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-#define FESTINA_VERSION 6
+#define FESTINA_VERSION 8
 #define FESTINA_MOST_THREADS 256
 #define FESTINA_MOST_SIZE (INT64_C(1) << 40)  /* of T, B, I, H, P and N, each */
 #define FESTINA_MOST_BYTES (INT64_C(1) << 62) /* of all tensors and buffers of a call together */
@@ -29,12 +29,14 @@ extern "C" {
 #define FESTINA_TYPES(VALUE)                     \
   VALUE(type, FESTINA_FLOAT32, "float32")        \
   VALUE(type, FESTINA_FLOAT64, "float64")        \
-  VALUE(type, FESTINA_BFLOAT16, "bfloat16")
+  VALUE(type, FESTINA_BFLOAT16, "bfloat16")      \
+  VALUE(type, FESTINA_FLOAT16, "float16")
 
 #define FESTINA_CELLS(VALUE)                     \
   VALUE(cell, FESTINA_LSTM, "lstm")              \
   VALUE(cell, FESTINA_GRU, "gru")                \
   VALUE(cell, FESTINA_GRU_JOINT, "gru_joint")    \
+  VALUE(cell, FESTINA_GRU_EARLY, "gru_early")    \
   VALUE(cell, FESTINA_INDRNN, "indrnn")          \
   VALUE(cell, FESTINA_INDRNN_RELU, "indrnn_relu")
 
@@ -60,18 +62,19 @@ extern "C" {
   VALUE(status, FESTINA_ENDED, "ended")
 
 /* The parameters of one direction: a subset of LayerSpec.parameter_shapes. */
-#define FESTINA_PARAMETER_NAMES(PARAMETER)       \
-  PARAMETER(FESTINA_WEIGHT_IH, "weight_ih")      \
-  PARAMETER(FESTINA_WEIGHT_HH, "weight_hh")      \
-  PARAMETER(FESTINA_BIAS_IH, "bias_ih")          \
-  PARAMETER(FESTINA_BIAS_HH, "bias_hh")          \
-  PARAMETER(FESTINA_WEIGHT_HR, "weight_hr")      \
-  PARAMETER(FESTINA_GAIN_IH, "gain_ih")          \
-  PARAMETER(FESTINA_GAIN_HH, "gain_hh")          \
-  PARAMETER(FESTINA_GAIN_JOINT, "gain_joint")    \
-  PARAMETER(FESTINA_BIAS_JOINT, "bias_joint")    \
-  PARAMETER(FESTINA_BIAS_INNER, "bias_inner")    \
-  PARAMETER(FESTINA_GAIN_C, "gain_c")            \
+#define FESTINA_PARAMETER_NAMES(PARAMETER)          \
+  PARAMETER(FESTINA_WEIGHT_IH, "weight_ih")         \
+  PARAMETER(FESTINA_WEIGHT_HH, "weight_hh")         \
+  PARAMETER(FESTINA_BIAS_IH, "bias_ih")             \
+  PARAMETER(FESTINA_BIAS_HH, "bias_hh")             \
+  PARAMETER(FESTINA_WEIGHT_HR, "weight_hr")         \
+  PARAMETER(FESTINA_GAIN_IH, "gain_ih")             \
+  PARAMETER(FESTINA_GAIN_HH, "gain_hh")             \
+  PARAMETER(FESTINA_GAIN_JOINT, "gain_joint")       \
+  PARAMETER(FESTINA_BIAS_JOINT, "bias_joint")       \
+  PARAMETER(FESTINA_BIAS_INNER, "bias_inner")       \
+  PARAMETER(FESTINA_BIAS_INNER_HH, "bias_inner_hh") \
+  PARAMETER(FESTINA_GAIN_C, "gain_c")               \
   PARAMETER(FESTINA_BIAS_C, "bias_c")
 
 #define FESTINA_CALL(FIELD)                                                                                            \
@@ -91,6 +94,7 @@ extern "C" {
   FIELD(int64_t, P)                /* at least 1; H without weight_hr */                                               \
   FIELD(int64_t, N)                /* the sum of batch_sizes */                                                        \
   FIELD(double, eps)               /* finite, at least 0 */                                                            \
+  FIELD(double, clip)              /* finite, at least 0; c is kept within +-clip, unless it is 0 */                   \
   FIELD(double, zoneout)           /* in [0, 1] */                                                                     \
   FIELD(double, zoneout_cell)                                                                                          \
   FIELD(int64_t, has_zoneout)      /* by a mask or by a rate */                                                        \
@@ -163,7 +167,7 @@ int festina_version(void);
 
 /* This file and kernels.inc as text, one entry a line, its words separated by single spaces:
 
-     version 6
+     version 8
      size <struct> <bytes>
      field <struct> <name> <type> <offset> <count>     type: i64, u64, f64 or pointer; count: more than 1 for an array
      value <enum> <name> <integer>                     enum: pass, type, cell, placement, groups, cell_norm or status

@@ -123,7 +123,7 @@ INDRNN = CellSpec(
 )
 INDRNN_RELU = replace(INDRNN, name="indrnn_relu", steps={"none": "indrnn_relu", "separate": "indrnn_relu"})
 
-SAVED = 3
+SAVED = 5
 """Version of what backends save for backward. torch.compile keeps graphs on disk, with the sizes of saved tensors in them;
 this number is part of the `token`, so that a layer never meets the graph of another version."""
 

@@ -155,7 +155,8 @@ def plan_label(plan: NormPlan) -> str:
     if plan.name:
         return plan.name
     parts = [plan.placement, plan.groups, plan.cell, plan.kind, "inner" if plan.inner_bias else ""]
-    return "+".join([parts[0], *(part for part in parts[1:] if part not in ("all", "none", "layer", ""))])
+    parts += ["inner_hh" if plan.inner_bias_hh else "", plan.reset, f"clip{plan.clip}" if plan.clip else ""]
+    return "+".join([parts[0], *(part for part in parts[1:] if part not in ("all", "none", "layer", "normed", ""))])
 
 
 class _Draw:

@@ -29,6 +29,42 @@ RAW_PLANS = [
 ] + [NormPlan("none", cell=cell, kind=kind, eps=LOUD_EPS) for cell in ("readout", "carried") for kind in get_args(Kind)]
 """Every combination of fields, whether a project uses it or not."""
 
+RARE_PLANS = [
+    *(
+        NormPlan(placement, cell=cell, kind=kind, eps=LOUD_EPS, clip=0.4)
+        for placement, cell, kind in (
+            ("none", "none", "layer"),
+            ("none", "carried", "rms"),
+            ("separate", "readout", "layer"),
+            ("joint", "carried", "layer"),
+        )
+    ),
+    *(
+        NormPlan(placement, groups, kind=kind, eps=LOUD_EPS, inner_bias=inner_bias, inner_bias_hh=True)
+        for placement, groups, kind, inner_bias in (
+            ("separate", "all", "layer", False),
+            ("separate", "gate", "rms", True),
+            ("joint", "gate", "layer", True),
+        )
+    ),
+    NormPlan(reset="product"),
+    *(
+        NormPlan(
+            placement,
+            groups,
+            kind=kind,
+            eps=LOUD_EPS,
+            inner_bias=inner_bias,
+            inner_bias_hh=not inner_bias,
+            reset="product",
+        )
+        for placement, groups, kind, inner_bias in product(
+            ("separate", "joint"), ("gate", "gates|candidate"), get_args(Kind), (False, True)
+        )
+    ),
+]
+"""Fields that few projects use, and that RAW_PLANS leave out; the clip is one that many values of c meet."""
+
 TYPICAL = {
     "lstm": (norms.NONE, norms.HASTE, norms.FASTRNNS, norms.ICEFALL),
     "gru": (norms.NONE, norms.HASTE, norms.BA2016_GRU, norms.DREAMER),
@@ -64,7 +100,11 @@ NARROW_PLANS = {
 
 def plans(cell: CellSpec) -> list[NormPlan]:
     """Every plan that fits the cell, once: of those that are one function there, the first."""
-    fitting = [p for p in (*norms.PLANS.values(), *RAW_PLANS) if p.placement in cell.steps and p.groups in cell.groups]
+    fitting = [
+        p
+        for p in (*norms.PLANS.values(), *RAW_PLANS, *RARE_PLANS)
+        if p.placement in cell.steps and p.groups in cell.groups
+    ]
     return list({cell.fit(plan): plan for plan in reversed(fitting)}.values())[::-1]
 
 

@@ -116,8 +116,8 @@ MUTANTS: list[Mutant] = [
     core(
         "panels: means of all gates where each has its own",
         "core/panels.h",
-        "return w.means ? w.means + s.group_of[gate] * w.columns : nullptr;",
-        "return w.means;",
+        "? w.means + s.group_of[gate] * w.columns : nullptr;",
+        "? w.means : nullptr;",
     ),
     core("panels: weights are not centred", "core/panels.h", "total / (E)s.group_size[group];", "0 * total;"),
     core(
@@ -132,9 +132,7 @@ MUTANTS: list[Mutant] = [
         "put(FESTINA_BIAS_HH, g, shift_of(s.traits.sides - 1, g));",
         "",
     ),
-    core(
-        "panels: bias_inner is not centred", "core/panels.h", "= inner.get(i) - mean[s.group_of[g]];", "= inner.get(i);"
-    ),
+    core("panels: bias_inner is not centred", "core/panels.h", "from.get(i) - mean[s.group_of[g]];", "from.get(i);"),
     # The norm.
     core(
         "norm: eps is left out",
@@ -172,20 +170,68 @@ MUTANTS: list[Mutant] = [
     core(
         "pointwise: a carried norm keeps the raw c",
         "core/pointwise.h",
-        "if (cell_norm == FESTINA_CARRIED) store(at.in(at.c), inner);",
-        "",
+        "inner = clipped(s, inner);\n          store(at.in(at.c), inner);",
+        "inner = clipped(s, inner);",
     ),
     core(
         "pointwise: a carried norm forgets the gradient of c",
         "core/pointwise.h",
-        "if (cell_norm == FESTINA_CARRIED) d_inner += load_as<V>(at.in(at.d_c_new));",
-        "",
+        "d_inner = clipped_backward(s, c, d_inner + load_as<V>(at.in(at.d_c_new)));",
+        "d_inner = clipped_backward(s, c, d_inner);",
     ),
     core(
         "pointwise: the second direction's candidate has no shift",
         "core/pointwise.h",
         "if (is_split) add_to(at.d_vector(shift_of(1, g)), d);",
         "",
+    ),
+    core(
+        "pointwise: a clipped c has the gradient of one that is not",
+        "core/pointwise.h",
+        "if (!(s.clip < infinity)) return d;",
+        "return d;",
+    ),
+    core(
+        "pointwise: the norm of c in the output takes in the c before its clip",
+        "core/pointwise.h",
+        "return ((cell_norm == FESTINA_READOUT ? clipped(at.s, c) : c) - at",
+        "return (c - at",
+    ),
+    core(
+        "backward: the c of the step before is taken as it was before its clip",
+        "core/backward.h",
+        "(call.cell_norm == FESTINA_CARRIED || call.clip != 0);",
+        "call.cell_norm == FESTINA_CARRIED;",
+    ),
+    core(
+        "early reset: the candidate's recurrent weights are centred before the gate",
+        "core/shape.h",
+        "int centred_gates() const { return has_early_reset ? gates - 1 : gates; }",
+        "int centred_gates() const { return gates; }",
+    ),
+    core(
+        "early reset: the gradient of a sum reaches x alone",
+        "core/backward.h",
+        "copy_row(p.d_v[0], r, p.d_v[1], r, n, n + 1);",
+        "clear_row(p.d_v[1], n, n + 1, r);",
+    ),
+    core(
+        "early reset: r has no gradient",
+        "core/early.h",
+        "spread_gate(at, 0, d_r);",
+        "spread_gate(at, 0, d_r - d_r);",
+    ),
+    core(
+        "panels: the bias inside h's norm is left out",
+        "core/panels.h",
+        "put_inner(FESTINA_BIAS_INNER_HH, s.traits.centred_gates());",
+        "",
+    ),
+    core(
+        "gradients: bias_inner_hh has that of bias_inner",
+        "core/gradients.h",
+        "return inner ? s.traits.sides - 1 : 0;",
+        "return 0;",
     ),
     core(
         "forward: a row that starts late is not reset",
@@ -213,11 +259,18 @@ MUTANTS: list[Mutant] = [
         KERNELS,
     ),
     core(
-        "forward: bfloat16 goes on from what was not rounded",
+        "forward: a narrow type goes on from what was not rounded",
         "core/forward.h",
-        "if (output.is_bfloat16) output.read(to, s.P, first_P, end_P, h, row);",
+        "if (output.is_narrow) output.read(to, s.P, first_P, end_P, h, row);",
         "",
         f"{KERNELS} tests/test_layers.py",
+    ),
+    core(
+        "narrow: float16 truncates",
+        "simd/narrow.h",
+        "_mm256_cvtps_ph(_mm256_loadu_ps(from + l), _MM_FROUND_TO_NEAREST_INT)",
+        "_mm256_cvtps_ph(_mm256_loadu_ps(from + l), _MM_FROUND_TO_ZERO)",
+        "-k in_cpp tests/cpu/test_kernels.py",
     ),
     core(
         "backward: a reset lets the gradient through",

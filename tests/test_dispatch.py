@@ -66,16 +66,17 @@ def test_an_ensemble_by_vmap() -> None:
 # Autocast
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_autocast(variant: str) -> None:
-    """Outputs are bfloat16, gradients float32 and near those of float32; backward runs inside the block or after it."""
+def test_autocast(variant: str, dtype: torch.dtype) -> None:
+    """Outputs are of the low type, gradients float32 and near those of float32; backward runs inside the block or after it."""
     layer, x = make(variant, I, 16, 2), torch.randn(T, B, I)
     want_output = layer(x)[0]
     want = gradients(want_output, layer)
     for inside in (True, False):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype):
             output, state = layer(x)
-            assert {t.dtype for t in (output, *(state if isinstance(state, tuple) else (state,)))} == {torch.bfloat16}
+            assert {t.dtype for t in (output, *(state if isinstance(state, tuple) else (state,)))} == {dtype}
             if inside:
                 got = gradients(output.float(), layer)
         if not inside:

@@ -21,7 +21,14 @@ LEAKY = CellSpec("leaky", gates=("h",), states=("h",), steps={"none": "leaky", "
     [
         (LayerSpec(LSTM, norms.HASTE), None),
         (LayerSpec(GRU, norms.DREAMER), None),
-        (LayerSpec(GRU, NormPlan("joint", "gate", reset="state")), "a plan where the reset gate acts before the norm"),
+        (
+            LayerSpec(GRU, NormPlan("joint", "gate", reset="product")),
+            "a plan where the reset gate acts before the norm",
+        ),
+        (
+            LayerSpec(GRU, NormPlan("joint", "gate", reset="state")),
+            "a plan where the reset gate acts before the product",
+        ),
         (LayerSpec(LSTM, NormPlan("separate", clip=1.0)), "a plan where c is clipped"),
         (
             LayerSpec(LSTM, NormPlan("separate", inner_bias_hh=True)),

@@ -15,26 +15,27 @@ template <class E> struct BackwardBuffers {
   long* token_of;                                           // by slot
   Blocked<E> d_h, d_h_new, d_c, d_c_new, d_c_hat, c_old;
   E* d_weight[3];  // of weight_ih, weight_hh, weight_hr, if they cannot be summed in place
-  E* d_inner;      // [columns, chunk]
+  E* d_inner[2];   // of bias_inner and bias_inner_hh, [columns, chunk]
 };
 
 // A weight's gradient [rows, columns]; `wanted` is the caller's tensor, or null.
 struct WeightGradient {
   void* wanted;
   long rows, columns;
-  bool is_centred;
+  int centred_gates;
 };
 
 inline WeightGradient weight_gradient_of(const Shape& s, const FestinaCall& call, long d, int weight) {
   long rows = s.traits.gates * s.H;
   void* const* to = call.d_parameters[d];
-  if (weight == 0) return {to[FESTINA_WEIGHT_IH], rows, s.I, s.is_centred};
-  if (weight == 1) return {s.traits.is_diagonal ? nullptr : to[FESTINA_WEIGHT_HH], rows, s.P, s.is_centred};
-  return {to[FESTINA_WEIGHT_HR], s.P, s.H, false};
+  if (weight == 0) return {to[FESTINA_WEIGHT_IH], rows, s.I, s.is_centred ? s.traits.gates : 0};
+  if (weight == 1)
+    return {s.traits.is_diagonal ? nullptr : to[FESTINA_WEIGHT_HH], rows, s.P, s.is_centred ? s.traits.centred_gates() : 0};
+  return {to[FESTINA_WEIGHT_HR], s.P, s.H, 0};
 }
 
 template <class E> bool is_summed_in_place(const FestinaCall& call, long columns) {
-  return call.type != FESTINA_BFLOAT16 && columns % chunk<E> == 0;
+  return !is_narrow(call.type) && columns % chunk<E> == 0;
 }
 
 template <class E>
@@ -61,9 +62,10 @@ BackwardBuffers<E> take_backward(Arena& arena, Arena& panels, Arena& saved, cons
   }
   if (s.traits.has_c) {
     b.d_c = arena.take_blocked<E>(s.H_chunks, s.B), b.d_c_new = arena.take_blocked<E>(s.H_chunks, s.B);
-    b.d_c_hat = arena.take_blocked<E>(s.H_chunks, s.B), b.c_old = arena.take_blocked<E>(s.H_chunks, s.B);
+    b.c_old = arena.take_blocked<E>(s.H_chunks, s.B);
   }
-  b.d_inner = arena.take<E>(depth);
+  if (s.traits.has_inner()) b.d_c_hat = arena.take_blocked<E>(s.H_chunks, s.B);
+  for (E*& d_inner : b.d_inner) d_inner = arena.take<E>(depth);
   for (int w = 0; w < 3; ++w) {
     WeightGradient f = weight_gradient_of(s, call, d, w);
     if (f.wanted && !is_summed_in_place<E>(call, f.columns))
@@ -180,7 +182,8 @@ template <class E> struct Backward {
   Blocked<E> c_before(long t) {
     long rows = order.rows(t), before = order.rows(t - 1), token = before > 0 ? order.token(t - 1) : 0;
     const Blocked<E>& kept = b.saved.carried.data ? b.saved.carried : b.saved.c;
-    bool is_normed = !b.saved.carried.data && call.cell_norm == FESTINA_CARRIED, is_there = before >= rows && !is_normed;
+    bool is_raw = !b.saved.carried.data && (call.cell_norm == FESTINA_CARRIED || call.clip != 0);
+    bool is_there = before >= rows && !is_raw;
     for (long r = 0; r < rows && is_there; ++r) is_there = !order.is_reset(call, t, r);
     if (is_there) return from_row(kept, token);
     Tensor<E> c_0(call.c_0, call.type);
@@ -190,22 +193,25 @@ template <class E> struct Backward {
         clear_row(b.c_old, first, end, row);
       else if (r >= before)
         c_0.read((order.d * s.B + row) * s.H, s.H, first, end, b.c_old, row);
-      else if (is_normed)
-        normalize_c(token + r, row);
+      else if (is_raw)
+        finish_c(token + r, row);
       else
         copy_row(kept, token + r, b.c_old, row, first, end);
     }
     return from_row(b.c_old, part.row);
   }
 
-  // The state c after packed step `token`, if the normalised c is carried.
-  void normalize_c(long token, long row) {
-    E mean = *saved_sum(s, b.saved, sums_before_c(s), token), scale = *saved_sum(s, b.saved, sums_before_c(s) + 1, token);
+  // The state c after packed step `token`: normalised, if that is carried, and clipped.
+  void finish_c(long token, long row) {
+    bool is_normed = call.cell_norm == FESTINA_CARRIED;
+    E mean = is_normed ? *saved_sum(s, b.saved, sums_before_c(s), token) : 0;
+    E scale = is_normed ? *saved_sum(s, b.saved, sums_before_c(s) + 1, token) : 1, clip = clip_of<E>(call);
     for (long n = first; n < end; ++n)
       for (int l = 0; l < chunk<E>; l += lanes<E>) {
         const E* vectors = b.panels.vectors + n * vectors_a_chunk * chunk<E> + l;
-        Vec<E> c = (load(b.saved.c.at(n, token) + l) - mean) * scale;
-        store(b.c_old.at(n, row) + l, c * load(vectors + gain_c * chunk<E>) + load(vectors + shift_c * chunk<E>));
+        Vec<E> c = load(b.saved.c.at(n, token) + l);
+        if (is_normed) c = (c - mean) * scale * load(vectors + gain_c * chunk<E>) + load(vectors + shift_c * chunk<E>);
+        store(b.c_old.at(n, row) + l, clamp(c, -clip, clip));
       }
   }
 
@@ -238,6 +244,7 @@ template <class E> struct Backward {
       p.scale[side] = my.scale[side];
     }
     p.vectors = b.panels.vectors, p.d_vectors = d_vectors, p.mean_c = my.mean_c, p.scale_c = my.scale_c;
+    p.clip = clip_of<E>(call);
     p.h_old = from_row(b.h_old, slot), p.c_raw = from_row(b.saved.c, token);
     if (s.traits.has_c) p.c_old = c_before(t);
     p.is_h_kept = zone_h.is_active, p.is_c_kept = zone_c.is_active;
@@ -355,8 +362,12 @@ template <class E> struct Backward {
       if (!s.traits.is_normed[side]) continue;
       for (long r = 0; r < p.rows; ++r)
         norm_correction(s, part, my.sums, side, r, my.scale[side] + r * max_gates, my.correction[side] + r * max_gates);
-      norm_backward(s, first, end, p.rows, my.scale[side], my.correction[side], p.v[side], p.d_v[side]);
+      norm_backward(s, s.traits.normed_gates(side), first, end, p.rows, my.scale[side], my.correction[side], p.v[side],
+                    p.d_v[side]);
     }
+    if (!s.traits.has_split_sum()) return;
+    for (long n = first * s.traits.gates; n < end * s.traits.gates; ++n)  // the gradient of a sum is that of both terms
+      for (long r = 0; r < p.rows && n % s.traits.gates < s.traits.gates - 1; ++r) copy_row(p.d_v[0], r, p.d_v[1], r, n, n + 1);
   }
 };
 

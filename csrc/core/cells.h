@@ -71,6 +71,34 @@ struct GruJoint {  // r z n of one sum; z lets the new state in, and starts most
   }
 };
 
+// r z n. The reset gate multiplies n's part of h, whose norm follows: `update` makes it, with a[0] alone, and `emit` takes the
+// whole candidate `a_n`. early.h puts the norm between them.
+struct GruEarly {
+  static constexpr int gates = 3, emit_from = 1;
+  static constexpr bool has_c = false, has_split_candidate = true, is_diagonal = false;
+
+  template <class V> static INLINE V update(V a_r, V h_n) { return sigmoid(a_r) * h_n; }
+
+  template <class V> static INLINE V emit(V a_z, V a_n, V h) {
+    V n = tanh(a_n);
+    return n + sigmoid(a_z) * (h - n);
+  }
+
+  template <class V> static INLINE void update_backward(V a_r, V h_n, V d, V& d_r, V& d_h_n) {
+    V r = sigmoid(a_r);
+    d_h_n = d * r;
+    d_r = d_h_n * h_n - d_h_n * h_n * r;
+  }
+
+  template <class V> static INLINE void emit_backward(V a_z, V a_n, V h, V d_h_new, V& d_z, V& d_n, V& d_h) {
+    V z = sigmoid(a_z), n = tanh(a_n);
+    d_h = d_h_new * z;
+    d_n = d_h_new - d_h;
+    d_n = d_n - d_n * n * n;
+    d_z = d_h * (h - n) - d_h * (h - n) * z;
+  }
+};
+
 struct Tanh {
   template <class V> static INLINE V value(V x) { return tanh(x); }
   template <class V> static INLINE V backward(V x, V d) {

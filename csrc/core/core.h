@@ -9,7 +9,6 @@ template <class E> struct Core {
   const FestinaCall& call;
   Kernels<E> kernels;
   Shape s;
-  bool is_bfloat16;
   Common common;
   ForwardBuffers<E> forward[2];
   BackwardBuffers<E> backward[2];
@@ -19,7 +18,6 @@ template <class E> struct Core {
 
   // Lays out every buffer; with the caller's null pointers, it only counts bytes.
   explicit Core(const FestinaCall& call) : call(call), kernels(kernels_for<E>(call)), s(shape_of<E>(call, kernels.traits)) {
-    is_bfloat16 = call.type == FESTINA_BFLOAT16;
     Arena work{(char*)call.workspace, 0}, panels{(char*)call.panels, 0}, saved{(char*)call.saved, 0};
     common = take_common(work, s);
     published = take_published<E>(work, s);
@@ -73,7 +71,7 @@ template <class E> struct Core {
     for (long i = 0; i < 1 + 2 * s.threads; ++i) common.barriers[i] = {common.watch, 0, 0, false};
     for (int i = 0; i < task_lists; ++i) common.tasks[i] = {};
     if (call.pass == FESTINA_BACKWARD && call.d_input && s.directions == 2)  // both directions add to it
-      __builtin_memset(call.d_input, 0, s.N * s.I * (is_bfloat16 ? 2 : sizeof(E)));
+      __builtin_memset(call.d_input, 0, s.N * s.I * (is_narrow(call.type) ? sizeof(Half) : sizeof(E)));
   }
 
   void run(long worker, long workers) const {
@@ -92,10 +90,14 @@ template <class E> struct Core {
 
   Weight<E> weight(long d, int which) const {
     const void* const* p = call.parameters[d];
-    if (which == FESTINA_WEIGHT_HR) return {Tensor<E>(p[which], call.type), 1, s.P, s.H, nullptr};
+    if (which == FESTINA_WEIGHT_HR) return {Tensor<E>(p[which], call.type), 1, s.P, s.H, nullptr, 0};
     bool is_input = which == FESTINA_WEIGHT_IH;
-    return {Tensor<E>(p[which], call.type), s.traits.gates, s.H, is_input ? s.I : s.P,
-            is_input ? means(d).input : means(d).recurrent};
+    return {Tensor<E>(p[which], call.type),
+            s.traits.gates,
+            s.H,
+            is_input ? s.I : s.P,
+            is_input ? means(d).input : means(d).recurrent,
+            is_input ? s.traits.gates : s.traits.centred_gates()};
   }
 
   void find_means(long worker, long workers) const {

@@ -28,7 +28,7 @@ ForwardBuffers<E> take_forward(Arena& arena, Arena& panels, Arena& saved, const 
   }
   for (int parity = 0; parity < 2; ++parity) {
     b.h[parity] = arena.take_blocked<E>(s.P_chunks, s.B);
-    if (s.traits.has_c) b.c[parity] = arena.take_blocked<E>(s.H_chunks, s.B);
+    if (s.traits.has_inner()) b.c[parity] = arena.take_blocked<E>(s.H_chunks, s.B);
   }
   if (s.is_projected) b.unprojected = arena.take_blocked<E>(s.H_chunks, s.B);
   return b;
@@ -110,15 +110,15 @@ template <class E> struct Forward {
     for (long index = 0; t < stop; ++t)
       for (long r = 0, rows = order.rows(t); r < rows; ++r, ++index, ++count) {
         long token = order.token(t) + r;
-        my.left_at[count] = input.is_bfloat16 ? count * s.depth(s.I) : token * s.I;
+        my.left_at[count] = input.is_narrow ? count * s.depth(s.I) : token * s.I;
         my.target_at[count] = (product_row(t, index - r) + r) * chunk<E>;
-        if (input.is_bfloat16) read_input(token, my.rows + my.left_at[count]);
+        if (input.is_narrow) read_input(token, my.rows + my.left_at[count]);
       }
-    bool has_inner = call.parameters[order.d][FESTINA_BIAS_INNER];
+    bool has_inner = has_inner_bias(s, call.parameters[order.d], 0);
     long column = first * s.traits.gates, columns = (end - first) * s.traits.gates;
     Target<E> to{b.v[0].at(column, 0), my.target_at, b.v[0].stride()};
-    if (has_inner) fill(to, count, columns, b.panels.inner + column * chunk<E>);
-    const E* left = input.is_bfloat16 ? my.rows : (const E*)call.input;
+    if (has_inner) fill(to, count, columns, b.panels.inner[0] + column * chunk<E>, 1);
+    const E* left = input.is_narrow ? my.rows : (const E*)call.input;
     long depth = s.depth(s.I), panel = depth * chunk<E>;
     with_factor<E>(s.is_paired, Two{}, E{}, [&](auto e) {
       using F = decltype(e);
@@ -132,13 +132,16 @@ template <class E> struct Forward {
     part.look(count * columns * chunk<E> * depth);
   }
 
-  // One row of a bfloat16 input as the product takes it.
+  // One row of a narrow input as the product takes it.
   void read_input(long token, E* to) const {
-    const uint16_t* from = (const uint16_t*)call.input + token * s.I;
     if (!s.is_paired) {
-      for (long k = 0; k < s.I; ++k) to[k] = (E)from_bfloat16(from[k]);
+      Tensor<E> input(call.input, call.type);
+      long k = 0, at = token * s.I;
+      for (; k + chunk<E> <= s.I; k += chunk<E>) input.get_chunk(at + k, to + k);
+      for (; k < s.I; ++k) to[k] = input.get(at + k);
       return;
     }
+    const Half* from = (const Half*)call.input + token * s.I;
     Half* pairs = (Half*)to;
     pairs[2 * s.depth(s.I) - 1] = 0;  // an odd last term is paired with zero
     for (long k = 0; k < s.I; ++k) pairs[k] = from[k];
@@ -149,23 +152,34 @@ template <class E> struct Forward {
     if (s.traits.is_diagonal) return;
     long rows = order.rows(t), at = product_row(t, index);
     Blocked<E> h_old = from_row(b.h[t % 2], part.row);
-    Blocked<E> to = s.traits.sides == 1 ? from_row(b.v[0], at) : from_row(b.v[1], is_training ? at : part.row);
-    long column = first * s.traits.gates, columns = (end - first) * s.traits.gates;
-    long depth = s.depth(s.P), panel = depth * chunk<E>;
+    long gates = s.traits.gates, depth = s.depth(s.P), panel = depth * chunk<E>;
     if constexpr (can_pair<E>)
       for (long n = 0; s.is_paired && n < s.P_chunks; ++n)
         for (long r = 0; r < rows; ++r) narrow(h_old, n, r, my.pairs, r);
-    with_factor<E>(s.is_paired, my.pairs, h_old, [&](auto left) {
-      using F = typename decltype(left)::Element;
-      Squares<E> sums = squares(is_normed_h(), 1, rows);
-      part.in_pieces(columns, s.traits.gates, rows * panel, [&](long n, long some) {
-        multiply<F>({left.data, my.chunk_at, left.stride()}, rows, {(const F*)b.panels.recurrent + (column + n) * panel, panel},
-                    some, depth, {to.at(column + n, 0), my.chunk_at, to.stride()}, s.traits.sides == 1, sums);
+    // To one side, `count` columns from `column` on that lie `apart`; squares are summed apart for `period` successive ones.
+    auto product = [&](int side, long column, long count, long apart, long period, Squares<E> sums) {
+      Blocked<E> of_side = side == 0 ? from_row(b.v[0], at) : from_row(b.v[1], is_training ? at : part.row);
+      Target<E> to{of_side.at(column, 0), my.chunk_at, apart * of_side.stride()};
+      bool has_inner = side == 1 && has_inner_bias(s, call.parameters[order.d], 1);
+      if (has_inner) fill(to, rows, count, b.panels.inner[1] + column * chunk<E>, apart);
+      with_factor<E>(s.is_paired, my.pairs, h_old, [&](auto left) {
+        using F = typename decltype(left)::Element;
+        part.in_pieces(count, period, rows * panel, [&](long n, long some) {
+          multiply<F>({left.data, my.chunk_at, left.stride()}, rows,
+                      {(const F*)b.panels.recurrent + (column + n * apart) * panel, apart * panel}, some, depth,
+                      {to.data + n * to.stride, to.row_at, to.stride}, side == 0 || has_inner, sums);
+        });
       });
-    });
+    };
+    Squares<E> sums = squares(is_normed_h(), 1, rows);
+    if (!s.traits.has_split_sum()) return product(s.traits.sides - 1, first * gates, (end - first) * gates, 1, gates, sums);
+    for (long g = 0; g + 1 < gates; ++g)
+      product(0, first * gates + g, end - first, gates, 1, {sums.data + g * sums.stride, sums.stride, 1, 0, 0});
+    product(1, first * gates + gates - 1, end - first, gates, 1, {});
   }
 
-  bool is_joint() const { return s.traits.sides == 1 && s.traits.is_normed[0] && !s.traits.is_diagonal; }
+  // A norm takes in the sum of both products.
+  bool is_joint() const { return s.traits.is_normed[0] && !s.traits.is_normed[1] && !s.traits.is_diagonal; }
   bool is_normed_h() const { return is_joint() || s.traits.is_normed[1]; }
 
   // Cleared sums of squares of one side, gate by gate, if a norm needs them.
@@ -188,10 +202,11 @@ template <class E> struct Forward {
         finish_norm(s, part, my.sums, side, call.eps, r, (side ? scale_h : my.scale[0]) + r * max_gates);
   }
 
-  static void fill(Target<E> to, long rows, long chunks, const E* value) {
+  // Chunks of `value` lie `apart` chunks from each other.
+  static void fill(Target<E> to, long rows, long chunks, const E* value, long apart) {
     for (long n = 0; n < chunks; ++n)
       for (long r = 0; r < rows; ++r)
-        for (int l = 0; l < chunk<E>; ++l) to.data[to.row_at[r] + n * to.stride + l] = value[n * chunk<E> + l];
+        for (int l = 0; l < chunk<E>; ++l) to.data[to.row_at[r] + n * to.stride + l] = value[n * apart * chunk<E> + l];
   }
 
   // Step t, whose rows begin at `index` within the segment. True if the call is to end.
@@ -206,7 +221,7 @@ template <class E> struct Forward {
     p.rows = rows, p.first = first, p.end = end;
     p.v[0] = v_x, p.v[1] = v_h;
     p.scale[0] = scale_x, p.scale[1] = my.scale[1];
-    p.vectors = b.panels.vectors, p.mean_c = my.mean_c, p.scale_c = my.scale_c;
+    p.vectors = b.panels.vectors, p.mean_c = my.mean_c, p.scale_c = my.scale_c, p.clip = clip_of<E>(call);
     p.h_old = from_row(b.h[now], part.row), p.h = from_row(s.is_projected ? b.unprojected : b.h[1 - now], part.row);
     p.c_old = from_row(b.c[now], part.row), p.c = from_row(b.c[1 - now], part.row);
     p.c_raw = from_row(b.saved.c, at);
@@ -258,7 +273,7 @@ template <class E> struct Forward {
       }
       long to = ((token + r) * s.directions + order.d) * s.P;
       output.write(to, s.P, first_P, end_P, h, row);
-      if (output.is_bfloat16) output.read(to, s.P, first_P, end_P, h, row);
+      if (output.is_narrow) output.read(to, s.P, first_P, end_P, h, row);
       if (r >= order.rows(t + 1))
         store_state(r, t + 1);
       else if (order.is_reset(call, t + 1, r))

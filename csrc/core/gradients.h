@@ -36,10 +36,11 @@ template <class E> struct Gradients {
         if (task < count) return sum_weight(d, w, f, task * most, min(most, f.rows - task * most)), true;
         task -= count;
       }
-      if (!s.is_paired && call.d_parameters[d][FESTINA_BIAS_INNER] && task-- == 0) {
-        for (long n = 0; n < s.columns(); ++n) sum_inner(d, n);
-        return true;
-      }
+      for (int inner = 0; inner < 2; ++inner)
+        if (!s.is_paired && wanted_inner(d, inner) && task-- == 0) {
+          for (long n = 0; n < s.columns(); ++n) sum_inner(d, inner, n);
+          return true;
+        }
     }
     return false;
   }
@@ -57,7 +58,8 @@ template <class E> struct Gradients {
             task -= chunks[i];
             continue;
           }
-          if (i == 0 && call.d_parameters[d][FESTINA_BIAS_INNER]) sum_inner(d, task);
+          for (int inner = 0; inner < 2; ++inner)
+            if (wanted_inner(d, inner) && i == side_of_inner(inner)) sum_inner(d, inner, task);
           for (long team = 0; team < teams; ++team)
             pair_rows(factors[i].at(task, segment(d, team).slot), segment(d, team).rows);
           return true;
@@ -85,7 +87,7 @@ template <class E> struct Gradients {
     for (long d = 0; d < s.directions; ++d) {
       for (int w = 0; w < 3; ++w) {
         WeightGradient f = weight_gradient_of(s, call, d, w);
-        bool is_needed = f.wanted && (f.is_centred || b[d].d_weight[w]);
+        bool is_needed = f.wanted && (f.centred_gates || b[d].d_weight[w]);
         long count = is_needed ? ceil_div(f.columns, finish_columns) : 0;
         if (task < count) return finish_weight(d, w, f, task * finish_columns), true;
         task -= count;
@@ -139,7 +141,9 @@ template <class E> struct Gradients {
           if (w == 2 || s.group_of[row / s.H] == group) body(row, from.data + row * from.stride + column);
       };
       E mean[finish_columns] = {};
-      if (f.is_centred) {
+      bool is_centred = false;
+      for (int g = 0; g < f.centred_gates; ++g) is_centred |= s.group_of[g] == group;
+      if (is_centred) {
         each_row([&](long, const E* x) {
           for (long k = 0; k < count; ++k) mean[k] += x[k];
         });
@@ -167,12 +171,19 @@ template <class E> struct Gradients {
       to.write(b[d].token_of[slot + r] * s.I, s.I, 0, s.I_chunks, d_rows, r - row, s.directions == 2);
   }
 
-  void sum_inner(long d, long n) const {
+  // bias_inner is added to side 0, bias_inner_hh to what the recurrent product is added to; its gradient is in the last side.
+  void* wanted_inner(long d, int inner) const {
+    return call.d_parameters[d][inner ? FESTINA_BIAS_INNER_HH : FESTINA_BIAS_INNER];
+  }
+  int side_of_inner(int inner) const { return inner ? s.traits.sides - 1 : 0; }
+
+  void sum_inner(long d, int inner, long n) const {
+    Blocked<E> d_v = b[d].d_v[side_of_inner(inner)];
     for (int l = 0; l < chunk<E>; l += lanes<E>) {
-      E* to = b[d].d_inner + n * chunk<E> + l;
+      E* to = b[d].d_inner[inner] + n * chunk<E> + l;
       Vec<E> total = is_first ? broadcast(E(0)) : load(to);
       for (long team = 0; team < teams; ++team)
-        for (long r = 0; r < segment(d, team).rows; ++r) total += load(b[d].d_v[0].at(n, segment(d, team).slot + r) + l);
+        for (long r = 0; r < segment(d, team).rows; ++r) total += load(d_v.at(n, segment(d, team).slot + r) + l);
       store(to, total);
     }
   }
@@ -205,13 +216,15 @@ template <class E> struct Gradients {
     write_vector(to[FESTINA_GAIN_C], d, 1, [](int) { return gain_c; });
     write_vector(to[FESTINA_BIAS_C], d, 1, [](int) { return shift_c; });
     if (s.traits.is_diagonal) write_vector(to[FESTINA_WEIGHT_HH], d, 1, [](int) { return diagonal; });
-    if (to[FESTINA_BIAS_INNER]) finish_inner(d, Tensor<E>(to[FESTINA_BIAS_INNER], call.type));
+    for (int inner = 0; inner < 2; ++inner)
+      if (void* wanted = wanted_inner(d, inner))
+        finish_inner(b[d].d_inner[inner], inner ? s.traits.centred_gates() : gates, Tensor<E>(wanted, call.type));
   }
 
-  void finish_inner(long d, Tensor<E> to) const {
-    E means[max_gates] = {}, *inner = b[d].d_inner;
+  void finish_inner(const E* inner, int centred_gates, Tensor<E> to) const {
+    E means[max_gates] = {};
     auto at = [&](long g, long j) { return inner[(j / chunk<E> * s.traits.gates + g) * chunk<E> + j % chunk<E>]; };
-    for (long g = 0; s.is_centred && g < s.traits.gates; ++g)
+    for (long g = 0; s.is_centred && g < centred_gates; ++g)
       for (long j = 0; j < s.H; ++j) means[s.group_of[g]] += at(g, j) / (E)s.group_size[s.group_of[g]];
     for (long g = 0; g < s.traits.gates; ++g)
       for (long j = 0; j < s.H; ++j) to.put(g * s.H + j, at(g, j) - means[s.group_of[g]]);

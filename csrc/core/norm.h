@@ -51,10 +51,10 @@ void norm_correction(const Shape& s, const Part& part, const Sums<E>& sums, int 
 }
 
 template <class E>
-void norm_backward(const Shape& s, long first, long end, long rows, const E* scale, const E* correction, Blocked<E> v,
-                   Blocked<E> d_v) {
+void norm_backward(const Shape& s, int gates, long first, long end, long rows, const E* scale, const E* correction,
+                   Blocked<E> v, Blocked<E> d_v) {
   for (long n = first; n < end; ++n)
-    for (int g = 0; g < s.traits.gates; ++g)
+    for (int g = 0; g < gates; ++g)
       for (long row = 0; row < rows; ++row) {
         E *d = d_v.at(n * s.traits.gates + g, row), *from = v.at(n * s.traits.gates + g, row);
         for (int l = 0; l < chunk<E>; l += lanes<E>)

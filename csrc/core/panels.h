@@ -11,6 +11,7 @@ template <class E> struct Weight {
   Tensor<E> tensor;
   long gates, H, columns;
   E* means;  // [groups, columns], or null
+  int centred_gates;
 };
 
 // Sums over rows [first, end) of each group: [groups, columns]. Memory is read from end to end.
@@ -18,8 +19,14 @@ template <class E> void sum_rows(const Shape& s, const Weight<E>& w, long first,
   for (long i = 0; i < s.groups * w.columns; ++i) sums[i] = 0;
   for (long row = first; row < end; ++row) {
     E* sum = sums + s.group_of[row / w.H] * w.columns;
-    if (w.tensor.is_bfloat16) {
-      for (long k = 0; k < w.columns; ++k) sum[k] += w.tensor.get(row * w.columns + k);
+    if (w.tensor.is_narrow) {
+      alignas(64) E own[chunk<E>];
+      long k = 0, at = row * w.columns;
+      for (; k + chunk<E> <= w.columns; k += chunk<E>) {
+        w.tensor.get_chunk(at + k, own);
+        for (int l = 0; l < chunk<E>; l += lanes<E>) add_to(sum + k + l, load(own + l));
+      }
+      for (; k < w.columns; ++k) sum[k] += w.tensor.get(at + k);
     } else {
       const E* from = (const E*)w.tensor.data + row * w.columns;
       for (long k = 0; k < w.columns; ++k) sum[k] += from[k];
@@ -40,9 +47,9 @@ void column_means(const Shape& s, const Weight<E>& w, const E* sums, long stride
 
 // Columns [first, first + count) of one row of a weight, less their means; zeros for a row of -1 and for columns past the last.
 template <class E> INLINE void centred_row(const Weight<E>& w, long row, const E* mean, long first, long count, E* to) {
-  if (row >= 0 && count == chunk<E> && !w.tensor.is_bfloat16) {
-    const E* from = (const E*)w.tensor.data + row * w.columns + first;
-    for (int l = 0; l < chunk<E>; l += lanes<E>) store(to + l, mean ? load(from + l) - load(mean + first + l) : load(from + l));
+  if (row >= 0 && count == chunk<E>) {
+    w.tensor.get_chunk(row * w.columns + first, to);
+    for (int l = 0; mean && l < chunk<E>; l += lanes<E>) store(to + l, load(to + l) - load(mean + first + l));
     return;
   }
   for (int l = 0; l < chunk<E>; ++l)
@@ -50,7 +57,7 @@ template <class E> INLINE void centred_row(const Weight<E>& w, long row, const E
 }
 
 template <class E> const E* means_of(const Shape& s, const Weight<E>& w, long gate) {
-  return w.means ? w.means + s.group_of[gate] * w.columns : nullptr;
+  return w.means && gate < w.centred_gates ? w.means + s.group_of[gate] * w.columns : nullptr;
 }
 
 // Element (k, column) of a panel.
@@ -115,7 +122,8 @@ template <class E> void fill_vectors(const Shape& s, const FestinaCall& call, co
   bool is_joint = call.placement == FESTINA_JOINT;
   int gates = s.traits.gates;
   for (long i = 0; i < s.H_chunks * vectors_a_chunk * chunk<E>; ++i) p.vectors[i] = 0;
-  for (long i = 0; i < s.columns() * chunk<E>; ++i) p.inner[i] = 0;
+  for (int side = 0; side < s.traits.sides; ++side)
+    for (long i = 0; i < s.columns() * chunk<E>; ++i) p.inner[side][i] = 0;
   auto put = [&](int parameter, int gate, int which) {
     Tensor<E> from(parameters[parameter], call.type);
     for (long j = 0; from && j < s.H; ++j) vector_at(p.vectors, which, j) += from.get(gate * s.H + j);
@@ -131,15 +139,28 @@ template <class E> void fill_vectors(const Shape& s, const FestinaCall& call, co
   if (s.traits.is_diagonal) put(FESTINA_WEIGHT_HH, 0, diagonal);
   for (long j = 0; j < s.H; ++j) vector_at(p.vectors, valid, j) = 1;
 
-  Tensor<E> inner(parameters[FESTINA_BIAS_INNER], call.type);
-  if (!inner) return;
-  E mean[max_gates] = {};
-  for (long i = 0; s.is_centred && i < gates * s.H; ++i)
-    mean[s.group_of[i / s.H]] += inner.get(i) / (E)s.group_size[s.group_of[i / s.H]];
-  for (long i = 0; i < gates * s.H; ++i) {
-    long g = i / s.H, j = i % s.H;
-    p.inner[(j / chunk<E> * gates + g) * chunk<E> + j % chunk<E>] = inner.get(i) - mean[s.group_of[g]];
-  }
+  auto put_inner = [&](int parameter, int centred_gates) {
+    Tensor<E> from(parameters[parameter], call.type);
+    if (!from) return;
+    E mean[max_gates] = {};
+    for (long i = 0; s.is_centred && i < centred_gates * s.H; ++i)
+      mean[s.group_of[i / s.H]] += from.get(i) / (E)s.group_size[s.group_of[i / s.H]];
+    for (long i = 0; i < gates * s.H; ++i) {
+      long g = i / s.H, j = i % s.H;
+      bool is_summed = s.traits.sides == 1 || (s.traits.has_split_sum() && g < gates - 1);
+      E* to = p.inner[parameter == FESTINA_BIAS_INNER || is_summed ? 0 : 1];
+      to[(j / chunk<E> * gates + g) * chunk<E> + j % chunk<E>] += from.get(i) - mean[s.group_of[g]];
+    }
+  };
+  put_inner(FESTINA_BIAS_INNER, gates);
+  put_inner(FESTINA_BIAS_INNER_HH, s.traits.centred_gates());
+}
+
+// Whether a product of one side begins with Panels::inner.
+inline bool has_inner_bias(const Shape& s, const void* const* parameters, int side) {
+  bool is_of_h = parameters[FESTINA_BIAS_INNER_HH];
+  if (side == 1) return is_of_h;
+  return parameters[FESTINA_BIAS_INNER] || (is_of_h && (s.traits.sides == 1 || s.traits.has_split_sum()));
 }
 
 }  // namespace ISA

@@ -6,12 +6,17 @@
 
 namespace ISA {
 
+constexpr double infinity = __builtin_inf();
+
+template <class E> E clip_of(const FestinaCall& call) { return call.clip != 0 ? (E)call.clip : (E)infinity; }
+
 // The operands of a cell step. Rows count from the first of the part.
 template <class E> struct CellStep {
   long rows, first, end;  // chunks [first, end) of H
   Blocked<E> v[2];        // products, from this step's first row on
   const E* scale[2];      // [rows, max_gates]: 1 / sigma
   const E *vectors, *mean_c, *scale_c;
+  E clip;  // infinity: none
   Blocked<E> h_old, h, c_old, c, c_raw;
   E* sums;  // [sum, sum_rows, lanes]: sums over a row's hidden units
   long sum_rows;
@@ -30,7 +35,7 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
   static constexpr int gates = Cell::gates, split = Cell::emit_from;
   static constexpr bool has_norm_c = cell_norm != FESTINA_NO_CELL_NORM;
   static constexpr Traits traits{
-      gates, sides, Cell::has_c, Cell::has_split_candidate, Cell::is_diagonal, {is_normed[0], is_normed[1]}, has_norm_c};
+      gates, sides, Cell::has_c, Cell::has_split_candidate, Cell::is_diagonal, {is_normed[0], is_normed[1]}, has_norm_c, false};
   using V = Span<E>;
 
   // Pointers to one chunk of H in every operand, taken once for all rows: addresses computed at each access were half of a
@@ -104,16 +109,26 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
         V a[gates + 1];
         pre_activations<0, split>(at, a);
         V c = Cell::update(a, load_as<V>(at.in(at.c_old)));
-        store(at.in(at.c), c);
         if (s.c_raw.data) store(at.in(at.c_raw), c);
+        if (cell_norm == FESTINA_READOUT) c = clipped(s, c);
+        store(at.in(at.c), c);
         add_to(at.sum(sum_of_c), fold(c));
       });
     }
   }
 
-  static INLINE V normalized_c(const Place& at, V c) {
-    if (!has_norm_c) return c;
-    return (c - at.s.mean_c[at.row]) * at.s.scale_c[at.row] * load_as<V>(at.vector(gain_c)) + load_as<V>(at.vector(shift_c));
+  static INLINE V clipped(const CellStep<E>& s, V c) { return s.clip < infinity ? clamp(c, -s.clip, s.clip) : c; }
+
+  // The gradient of what was clipped: none beyond the clip.
+  static INLINE V clipped_backward(const CellStep<E>& s, V c, V d) {
+    if (!(s.clip < infinity)) return d;
+    V none = broadcast_as<V>(0);
+    return where_at_most(c, s.clip, where_at_most(-c, s.clip, d, none), none);
+  }
+
+  // The c that its norm takes in, without gain and shift.
+  static INLINE V c_hat(const Place& at, V c) {
+    return ((cell_norm == FESTINA_READOUT ? clipped(at.s, c) : c) - at.s.mean_c[at.row]) * at.s.scale_c[at.row];
   }
 
   static void emit(const CellStep<E>& s) {
@@ -121,12 +136,17 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
       V a[gates + 1], inner;
       pre_activations<has_norm_c ? split : 0, gates>(at, a);
       if constexpr (has_norm_c) {
-        inner = normalized_c(at, load_as<V>(at.in(at.c)));
-        if (cell_norm == FESTINA_CARRIED) store(at.in(at.c), inner);
+        V hat = c_hat(at, load_as<V>(at.in(at.c)));
+        inner = hat * load_as<V>(at.vector(gain_c)) + load_as<V>(at.vector(shift_c));
+        if (cell_norm == FESTINA_CARRIED) {
+          inner = clipped(s, inner);
+          store(at.in(at.c), inner);
+        }
       } else if constexpr (Cell::has_c) {
         inner = Cell::update(a, load_as<V>(at.in(at.c_old)));
-        store(at.in(at.c), inner);
         if (s.c_raw.data) store(at.in(at.c_raw), inner);
+        inner = clipped(s, inner);
+        store(at.in(at.c), inner);
       } else {
         inner = load_as<V>(at.in(at.h_old));
       }
@@ -163,10 +183,10 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
       V a[gates + 1], d_a[gates + 1], d_inner, d_h = load_as<V>(at.in(at.d_h_new));
       pre_activations<has_norm_c ? split : 0, gates>(at, a);
       if constexpr (has_norm_c) {
-        V hat = (load_as<V>(at.in(at.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
-        V gain = load_as<V>(at.vector(gain_c));
-        Cell::emit_backward(a, hat * gain + load_as<V>(at.vector(shift_c)), d_h, d_a, d_inner);
-        if (cell_norm == FESTINA_CARRIED) d_inner += load_as<V>(at.in(at.d_c_new));
+        V hat = c_hat(at, load_as<V>(at.in(at.c_raw)));
+        V gain = load_as<V>(at.vector(gain_c)), c = hat * gain + load_as<V>(at.vector(shift_c));
+        Cell::emit_backward(a, cell_norm == FESTINA_CARRIED ? clipped(s, c) : c, d_h, d_a, d_inner);
+        if (cell_norm == FESTINA_CARRIED) d_inner = clipped_backward(s, c, d_inner + load_as<V>(at.in(at.d_c_new)));
         add_to(at.d_vector(gain_c), d_inner * hat);
         add_to(at.d_vector(shift_c), d_inner);
         V d_hat = d_inner * gain;
@@ -174,9 +194,9 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
         add_to(at.sum(sum_of_c), fold(d_hat));
         add_to(at.sum(sum_of_c + 1), fold(d_hat * hat));
       } else if constexpr (Cell::has_c) {
-        V c_old = load_as<V>(at.in(at.c_old)), d_c;
-        Cell::emit_backward(a, load_as<V>(at.in(at.c_raw)), d_h, d_a, d_inner);
-        Cell::update_backward(a, c_old, load_as<V>(at.in(at.d_c_new)) + d_inner, d_a, d_c);
+        V c_old = load_as<V>(at.in(at.c_old)), c = load_as<V>(at.in(at.c_raw)), d_c;
+        Cell::emit_backward(a, clipped(s, c), d_h, d_a, d_inner);
+        Cell::update_backward(a, c_old, clipped_backward(s, c, load_as<V>(at.in(at.d_c_new)) + d_inner), d_a, d_c);
         put(s.is_c_kept, at.in(at.d_c), d_c);
       } else {
         V h_old = load_as<V>(at.in(at.h_old));
@@ -196,9 +216,9 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
       each(s, [&](const Place& at) __attribute__((always_inline)) {
         V a[gates + 1], d_a[gates + 1], d_c;
         pre_activations<0, split>(at, a);
-        V hat = (load_as<V>(at.in(at.c_raw)) - s.mean_c[at.row]) * s.scale_c[at.row];
+        V raw = load_as<V>(at.in(at.c_raw)), hat = c_hat(at, raw);
         V d_raw = (load_as<V>(at.in(at.d_c_hat)) - s.d_c_hat_mean[at.row] - hat * s.d_c_hat_dot[at.row]) * s.scale_c[at.row];
-        if (cell_norm == FESTINA_READOUT) d_raw += load_as<V>(at.in(at.d_c_new));
+        if (cell_norm == FESTINA_READOUT) d_raw = clipped_backward(s, raw, d_raw + load_as<V>(at.in(at.d_c_new)));
         Cell::update_backward(a, load_as<V>(at.in(at.c_old)), d_raw, d_a, d_c);
         put(s.is_c_kept, at.in(at.d_c), d_c);
         spread<0, split>(at, d_a);
@@ -206,25 +226,5 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
     }
   }
 };
-
-// The kernels of one cell under one plan.
-template <class E> struct Kernels {
-  Traits traits;
-  void (*update)(const CellStep<E>&);
-  void (*emit)(const CellStep<E>&);
-  void (*emit_backward)(const CellStep<E>&);
-  void (*update_backward)(const CellStep<E>&);
-};
-
-template <class E> Kernels<E> kernels_for(const FestinaCall& call) {
-#define KERNEL(id, norm, norm_c, Cell)                                            \
-  if (call.cell == id && call.placement == norm && call.cell_norm == norm_c) {    \
-    using K = Pointwise<E, Cell, norm, norm_c>;                                   \
-    return {K::traits, K::update, K::emit, K::emit_backward, K::update_backward}; \
-  }
-#include "../kernels.inc"
-#undef KERNEL
-  return {};
-}
 
 }  // namespace ISA

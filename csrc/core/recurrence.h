@@ -1,9 +1,9 @@
 // What forward and backward share: the order of steps, and the buffers.
 #pragma once
 #include "gemm.h"
+#include "kernels.h"
 #include "norm.h"
 #include "panels.h"
-#include "pointwise.h"
 
 namespace ISA {
 
@@ -83,7 +83,7 @@ template <class E> Scratch<E> take_scratch(Arena& arena, const Shape& s, E* publ
   my.mean_c = arena.take<E>(rows), my.scale_c = arena.take<E>(rows);
   my.d_c_hat_mean = arena.take<E>(rows), my.d_c_hat_dot = arena.take<E>(rows);
   bool is_forward = call.pass != FESTINA_BACKWARD;
-  my.rows = is_forward && call.type == FESTINA_BFLOAT16 ? arena.take<E>(rows * s.I) : nullptr;
+  my.rows = is_forward && is_narrow(call.type) ? arena.take<E>(rows * s.I) : nullptr;
   my.pairs = is_forward && s.is_paired ? arena.take_blocked<Two>(ceil_div(s.P_chunks, 2), s.B) : Blocked<Two>{};
   return my;
 }

@@ -52,6 +52,17 @@ constexpr long most_segment_rows = 512;     // backward: rows of a team after wh
 struct Traits {
   int gates, sides;
   bool has_c, has_split_candidate, is_diagonal, is_normed[2], has_norm_c;
+  // The reset gate multiplies the last gate's recurrent product before its norm, which is then that of an inner value, as c's.
+  bool has_early_reset;
+
+  bool has_inner() const { return has_c || has_norm_c; }
+  // Gates whose norm takes in a product of this side as it is; the others' recurrent weights are not centred.
+  int normed_gates(int side) const {
+    return !is_normed[side] ? 0 : has_early_reset && side == is_normed[1] ? gates - 1 : gates;
+  }
+  int centred_gates() const { return has_early_reset ? gates - 1 : gates; }
+  // Both products of all gates but the last are summed in side 0, and the last gate's recurrent product is alone in side 1.
+  bool has_split_sum() const { return has_early_reset && is_normed[0] && !is_normed[1]; }
 };
 
 struct Shape {
@@ -117,14 +128,14 @@ template <class E> INLINE E& vector_at(E* vectors, int which, long j) {
 // or of pairs [chunk of columns][two rows][column within the chunk][which row].
 template <class E> struct Panels {
   E *input, *recurrent, *projection;
-  E* vectors;  // [H_chunks, vectors_a_chunk, chunk], zero past H
-  E* inner;    // [columns, chunk]
+  E* vectors;   // [H_chunks, vectors_a_chunk, chunk], zero past H
+  E* inner[2];  // of each side, [columns, chunk]: what is added to the product before its norm
 };
 
 template <class E> Panels<E> take_vectors(Arena& arena, const Shape& s) {
   Panels<E> p{};
   p.vectors = arena.take<E>(s.H_chunks * vectors_a_chunk * chunk<E>);
-  p.inner = arena.take<E>(s.columns() * chunk<E>);
+  for (int side = 0; side < s.traits.sides; ++side) p.inner[side] = arena.take<E>(s.columns() * chunk<E>);
   return p;
 }
 
@@ -150,7 +161,7 @@ template <class E> Means<E> take_means(Arena& arena, const Shape& s) {
 // What training saves for backward, of one direction; rows are packed steps.
 template <class E> struct Saved {
   Blocked<E> v[2];     // the products of each side, centred, before gain and shift
-  Blocked<E> c;        // before its norm and before Zoneout
+  Blocked<E> c;        // or the candidate: before its norm, before the clip, and before Zoneout
   Blocked<E> carried;  // the state c after Zoneout, if active
   E* sums;             // [sums_saved, N]: 1 / sigma of each group of each normed side; mean and 1 / sigma of c
   Means<E> means;
@@ -159,7 +170,7 @@ template <class E> struct Saved {
 template <class E> Saved<E> take_saved(Arena& arena, const Shape& s, bool has_zoneout_c) {
   Saved<E> saved{};
   for (int side = 0; side < s.traits.sides; ++side) saved.v[side] = arena.take_blocked<E>(s.columns(), s.N);
-  if (s.traits.has_c) saved.c = arena.take_blocked<E>(s.H_chunks, s.N);
+  if (s.traits.has_inner()) saved.c = arena.take_blocked<E>(s.H_chunks, s.N);
   if (s.traits.has_c && has_zoneout_c) saved.carried = arena.take_blocked<E>(s.H_chunks, s.N);
   saved.sums = arena.take<E>(s.sums_saved() * padded_rows(s.N));
   saved.means = take_means<E>(arena, s);

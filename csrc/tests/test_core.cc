@@ -1,5 +1,5 @@
-// Sigmoid and tanh in ulps, NaN through both, products with every tail, transposed squares, digests, saved bytes: one program for each
-// instruction set, run by tests/cpu/test_kernels.py. Prints what failed; exits with 1 if anything did.
+// Sigmoid and tanh in ulps, NaN through both, products with every tail, transposed squares, digests, float16, saved bytes: one
+// program for each instruction set, run by tests/cpu/test_kernels.py. Prints what failed; exits with 1 if anything did.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,9 +10,9 @@
 #include VECTOR_HEADER
 #include "../core/digest.h"
 #include "../core/gemm.h"
+#include "../core/kernels.h"
 #include "../core/math.h"
 #include "../core/panels.h"
-#include "../core/pointwise.h"
 
 namespace ISA {
 
@@ -141,6 +141,48 @@ void check_all_pairs() {
 void check_all_pairs() {}
 #endif
 
+// The number that is nearest to x in float16, ties to even.
+double in_float16(double x) {
+  if (x == 0 || !isfinite(x)) return x;
+  double step = ldexp(1, (int)fmax(ilogb(x), -14) - 10), rounded = nearbyint(x / step) * step;
+  return fabs(rounded) < 65536 ? rounded : copysign(INFINITY, x);
+}
+
+bool is_same(double a, double b) { return a == b ? signbit(a) == signbit(b) : isnan(a) && isnan(b); }
+
+// float16, one number at a time and a chunk at once: every number of it, and the floats around every halfway point.
+void check_float16() {
+  constexpr int C = chunk<float>;
+  long failed = 0;
+  auto goes_to = [&](float x) {
+    float given[C], got[C];
+    Half stored[C];
+    for (int l = 0; l < C; ++l) given[l] = l % 2 ? -x : x;
+    narrow(FESTINA_FLOAT16, given, stored);
+    widen(FESTINA_FLOAT16, stored, got);
+    double want = in_float16(x), alone = from_float16(to_float16(x));
+    for (int l = 0; l < C; ++l) failed += !is_same(l % 2 ? -got[l] : got[l], want);
+    failed += !is_same(alone, want);
+  };
+  for (uint32_t bits = 0; bits < 0x8000; ++bits) {
+    int exponent = bits >> 10, mantissa = bits & 0x3ff;
+    double want = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                                 : ldexp(exponent ? mantissa + 1024 : mantissa, (exponent ? exponent : 1) - 25);
+    float x = from_float16((uint16_t)bits);
+    failed += !is_same(x, want) + !is_same(from_float16((uint16_t)(bits | 0x8000)), -want);
+    if (exponent == 31 && mantissa) {
+      goes_to(x);
+      continue;
+    }
+    float halfway = exponent == 31 ? 65520 : (x + from_float16((uint16_t)(bits == 0x7bff ? bits : bits + 1))) / 2;
+    for (float y : {x, nextafterf(x, 0), nextafterf(x, INFINITY), halfway, nextafterf(halfway, 0), nextafterf(halfway, 1e9f)})
+      goes_to(y);
+  }
+  for (float x : {65503.0f, 65519.99f, 65536.0f, 1e30f, 1e-30f, 1e-40f, INFINITY}) goes_to(x);
+  for (int i = 0; i < 100000; ++i) goes_to(float_of((uint32_t)rand() << 1 ^ (uint32_t)rand()));
+  if (failed) printf("float16: %ld conversions differ\n", failed), ++failures;
+}
+
 template <class E> void check_transposition() {
   constexpr int C = chunk<E>;
   E from[C * C], to[C * C];
@@ -193,7 +235,7 @@ template <class E> void check_saved(const char* name, int64_t placement, const T
 
 template <class E> void check_all_saved() {
 #define KERNEL(cell, placement, cell_norm, Cell) \
-  check_saved<E>(#cell " " #placement " " #cell_norm, placement, Pointwise<E, Cell, placement, cell_norm>::traits);
+  check_saved<E>(#cell " " #placement " " #cell_norm, placement, KernelsOf<E, Cell, placement, cell_norm>::type::traits);
 #include "../kernels.inc"
 #undef KERNEL
 }
@@ -205,6 +247,7 @@ int run() {
   check_transposition<float>();
   check_transposition<double>();
   check_all_pairs();
+  check_float16();
   check_functions<float>();
   check_functions<double>();
   check_products<float>();

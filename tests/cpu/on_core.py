@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,6 +73,9 @@ SPLIT = [
     Case("gru", norms.DREAMER, T=5, B=3, I=9, H=70, features=("resets",)),
     Case("indrnn", norms.HASTE, T=5, B=3, I=9, H=70, features=("resets", "bidirectional")),
     Case("indrnn_relu", norms.NONE, T=5, B=17, I=9, H=33),
+    Case("gru", norms.ICEFALL_GRU, T=5, B=37, I=9, H=70, features=("ragged", "resets", "bidirectional", "zoneout")),
+    Case("gru", replace(norms.NEMATUS_STATE, reset="product", name=None), T=5, B=3, I=9, H=70, features=("resets",)),
+    Case("lstm", replace(norms.SOCKEYE, clip=0.4, name=None), T=5, B=3, I=9, H=70, P=33, features=("ragged",)),
 ]
 
 

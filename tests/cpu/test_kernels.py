@@ -74,7 +74,7 @@ from dataclasses import replace
 sys.path[:0] = ["tests", "tests/cpu"]
 import torch
 from on_core import differs, errors
-from test_kernels import BFLOAT16, BY_ISA, PAIRED, TIMES_EAGER
+from test_kernels import BY_ISA, NARROW, PAIRED, TIMES_EAGER
 from festina.backends.cpu import abi, plans
 from festina.testing import TOLERANCES
 isa = abi.core().isa()
@@ -85,24 +85,29 @@ for case in BY_ISA:
 for threads in (1, 3):
     plans.threads_for = lambda *_: threads
     plans.make_plan.cache_clear()
-    for case in BFLOAT16:
+    for case in NARROW:
         found = [errors(replace(case, seed=seed))[:2] for seed in range(3)]
         ratio = statistics.median(ours / eagers for ours, eagers in found)
-        assert ratio <= TIMES_EAGER[isa in PAIRED], f"{case}, {threads} threads: {ratio:.2f} times eager's error"
+        is_paired = isa in PAIRED and case.dtype == torch.bfloat16
+        assert ratio <= TIMES_EAGER[is_paired], f"{case}, {threads} threads: {ratio:.2f} times eager's error"
 """
 
 BY_ISA = [case for case in CASES if case.dtype == torch.float32][::17] + [
     replace(case, dtype=dtype) for case in SPLIT for dtype in (torch.float32, torch.float64)
 ]
-BFLOAT16 = [replace(case, dtype=torch.bfloat16) for case in SPLIT] + [
-    Case("lstm", INNER, T=260, B=5, I=17, H=20, dtype=torch.bfloat16, features=("resets",)),
-    Case("gru", norms.HASTE, T=130, B=33, I=15, H=16, dtype=torch.bfloat16, features=("ragged",)),
+DEEP = [
+    Case("lstm", INNER, T=260, B=5, I=17, H=20, features=("resets",)),
+    Case("gru", norms.HASTE, T=130, B=33, I=15, H=16, features=("ragged",)),
+]
+NARROW = [replace(case, dtype=torch.bfloat16) for case in (*SPLIT, *DEEP)] + [
+    replace(case, dtype=torch.float16) for case in (*SPLIT[1::3], DEEP[1])
 ]
 PAIRED = {"avx512bf16", "wide"}
 
 
 TIMES_EAGER = {False: 1.5, True: 2}
-"""How far the error of bfloat16 may be from eager's, in the median: products of pairs round the centred weights once more."""
+"""How far the error of a narrow type may be from eager's, in the median: products of pairs round the centred weights once
+more."""
 
 
 def agrees(isa: str, **environment: str) -> None:
@@ -228,15 +233,37 @@ def test_an_ignored_reset_and_an_ignored_mask_are_caught():
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", ["gru", "indrnn"])
-def test_bfloat16_rounds_h_at_every_step(cell):
+def test_a_narrow_type_rounds_h_at_every_step(cell, dtype):
     """As h leaves a call: a sequence cut in two goes on where it was, bit for bit; and backward reads the h that were used."""
-    call, _ = Case(cell, norms.HASTE, T=20, B=3, I=5, H=17, dtype=torch.bfloat16).build()
+    call, _ = Case(cell, norms.HASTE, T=20, B=3, I=5, H=17, dtype=dtype).build()
     whole, end, _ = CPU.forward(call)
     first, between, _ = CPU.forward(replace(call, input=call.input[:30]))
     second, last, _ = CPU.forward(replace(call, input=call.input[30:], h_0=between))
     assert torch.equal(whole, torch.cat([first, second]))
     assert torch.equal(end, last)
+
+
+@pytest.mark.parametrize("H", [16, 21], ids=["whole chunks", "a part of a chunk"])
+def test_float16_overflows_to_infinity_and_underflows_gradually(H):
+    """Of outputs and of gradients: beyond 65504 there is nothing else, and below 6e-5 steps are of 6e-8."""
+    case = Case("indrnn_relu", norms.NONE, T=1, B=2, I=H, H=H, dtype=torch.float16, features=("nobias",))
+    call, _ = case.build()
+    weight = torch.eye(H, dtype=torch.float16)
+    input = torch.stack([torch.full((H,), 300.0), torch.full((H,), 3e-3)]).half()
+    scale = torch.linspace(100, 400, H).half()
+    call = call.with_tensors([input, torch.zeros_like(call.h_0), weight * scale, torch.zeros_like(call.parameters[1])])
+    d_output = torch.stack([torch.full((H,), 400.0), torch.full((H,), 1e-3)]).half()
+    found = evaluate(run, call, [d_output, torch.zeros_like(call.h_0)])
+    want = evaluate(reference.run, widened(call), [d_output.double(), torch.zeros_like(call.h_0).double()])
+    assert want["output"].max() > 1e5
+    assert want["d_input"].max() > 1e5
+    for name in ("output", "d_input", "d_weight_ih"):
+        torch.testing.assert_close(found[name], want[name].half(), rtol=1e-3, atol=6e-8)
+    assert found["output"].isinf().any()
+    small = replace(call, input=call.input * 2**-14)
+    torch.testing.assert_close(CPU.forward(small)[0], reference.run(widened(small))[0].half(), rtol=1e-3, atol=6e-8)
 
 
 def test_nan_goes_through_and_stays_in_its_row():

@@ -1,5 +1,5 @@
 """The compiled core as a backend: every cell, under all plans but those that
-`missing_kernel` names, on the CPU in float32, float64 and bfloat16."""
+`missing_kernel` names, on the CPU in float32, float64, bfloat16 and float16."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ from festina.backends.cpu.weights import PanelCache, Panels, Ready, fingerprints
 from festina.backends.support import BackendError, missing_kernel
 from festina.call import Call, Case, Outputs
 from festina.spec import LayerSpec
+
+RARE_KERNELS = frozenset(("product", "clip", "inner_bias_hh"))
+"""What the core has kernels for of the rarest plans; see `support.RARE`."""
 
 
 def new_outputs(call: Call) -> Outputs:
@@ -58,7 +61,7 @@ class Cpu:
         known, layer = core.layout, case.layer
         if short(case.dtype) not in known.values["type"]:
             return f"it has no {short(case.dtype)}; use {', '.join(known.values['type'])}"
-        if missing := missing_kernel(layer, known.values["cell"]):
+        if missing := missing_kernel(layer, known.values["cell"], RARE_KERNELS):
             return missing
         plan = layer.plan
         is_known = known.parameters.keys() >= {*layer.parameter_names} and plan.groups in known.values["groups"]

@@ -87,6 +87,7 @@ def constants(layer: LayerSpec) -> dict[str, Any]:
         "rms": int(plan.kind == "rms"),
         "directions": layer.directions,
         "eps": plan.eps,
+        "clip": plan.clip or 0.0,
     }
 
 
