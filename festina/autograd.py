@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor
 
-from festina import backends, ops
+from festina import backends, ops, transforms
 from festina.backends.eager import EAGER, gradients
 from festina.call import Call, Outputs
 from festina.checks import check_call
+from festina.transforms import Gradients, one_by_one
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
-Gradients = Sequence[Tensor | None]
 
 
 class _Recurrence(torch.autograd.Function):
@@ -53,6 +55,8 @@ class _Recurrence(torch.autograd.Function):
             zoneout_cell=ctx.rates[1],
         )
         kind = (ctx.backend, call, rest[inputs], rest[inputs + 1 :], wanted, ctx.watched)
+        if any(d is not None and is_legacy_batchedtensor(d) for d in d_outputs):
+            return (None, None, None, *one_by_one(lambda one: _differentiate(*kind, one), d_outputs))
         return (None, None, None, *_differentiate(*kind, d_outputs))
 
 
@@ -73,6 +77,8 @@ def _differentiate(
             # Views, so that a gradient stops at its own tensor where one input was computed from another.
             views = call.with_tensors([tensor.view_as(tensor) for tensor in call.tensors()])
             return gradients(views, d_outputs, wanted, create_graph=is_again)
+    if _are_functorch_transforms_active():
+        return transforms.backward(backend, call, output, saved, d_outputs, wanted)
     watched = watched or ops.is_watched([*call.tensors(), *call.around(), *saved, *given]) or ops.is_lazy(given)
     return ops.backward(backend, call, output, saved, d_outputs, wanted, watched)
 

@@ -1,7 +1,7 @@
 """The one door between modules and backends: it decides who carries out a call, and checks the call on the way.
 
 In this order: inside an ONNX export the lowering of `festina.backends.export`; under forward-mode differentiation the
-reference; inside a `torch.func` transform too; if the call is watched (traced, profiled, ...) or on lazy
+reference; inside a `torch.func` transform `festina.transforms`; if the call is watched (traced, profiled, ...) or on lazy
 tensors the operator, which checks and chooses when it runs; else the chosen backend, as a node of autograd's graph if the
 call is recorded.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
-from festina import autograd, backends, ops
+from festina import autograd, backends, ops, transforms
 from festina.backends import export
 from festina.backends.eager import EAGER
 from festina.call import Call, Outputs, float32_becomes
@@ -50,7 +50,7 @@ def run(call: Call) -> Outputs:
         if not _are_functorch_transforms_active():
             return ops.recurrence(call, force)
         check_call(call, tensors)
-        return EAGER.forward(call)
+        return transforms.run(call, force)
     check_call(call, tensors)
     if ops.is_lazy((*tensors, *call.around())):
         return ops.recurrence(call, force)

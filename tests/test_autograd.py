@@ -160,6 +160,48 @@ def test_forward_mode_over_backward(variant: str) -> None:
     assert_same(tangent, torch.autograd.functional.hvp(loss, x.detach(), direction)[1])
 
 
+# Gradients in batches
+
+
+@pytest.mark.parametrize("variant", FIVE_VARIANTS)
+def test_gradients_of_many_cotangents_at_once(variant: str) -> None:
+    layer, x = make(variant, I, H, **F64), torch.randn(T, B, I, **F64).requires_grad_()
+    output, state = layer(x, lengths=[3, T, 0, 2])
+    outputs, inputs = [output, *listed(state)], [x, *layer.parameters()]
+    cotangents = [torch.randn(3, *out.shape, **F64) for out in outputs]
+    for create_graph in (False, True):
+        got = torch.autograd.grad(
+            outputs, inputs, cotangents, is_grads_batched=True, retain_graph=True, create_graph=create_graph
+        )
+        for v in range(3):
+            want = torch.autograd.grad(outputs, inputs, [c[v] for c in cotangents], retain_graph=True)
+            assert_same([g[v] for g in got], list(want))
+
+
+@pytest.mark.parametrize("variant", ["lstm-haste", "gru-dreamer"])
+def test_vectorised_jacobians_and_hessians(variant: str) -> None:
+    layer, x = make(variant, I, 4, **F64), torch.randn(2, 2, I, **F64)
+    functional = torch.autograd.functional
+
+    def output(x: Tensor) -> Tensor:
+        return layer(x)[0]  # type: ignore[no-any-return]
+
+    def loss(x: Tensor) -> Tensor:
+        return output(x).square().sum()
+
+    want = functional.jacobian(output, x)
+    for strategy in ("reverse-mode", "forward-mode"):
+        assert_same(functional.jacobian(output, x, vectorize=True, strategy=strategy), want)
+    want = functional.hessian(loss, x)
+    for strategy in ("reverse-mode", "forward-mode"):
+        assert_same(functional.hessian(loss, x, vectorize=True, outer_jacobian_strategy=strategy), want)
+
+
+def test_gradcheck_of_both_modes_and_in_batches() -> None:
+    layer, x = make("lstm-haste", 2, 3, **F64), torch.randn(2, 1, 2, **F64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: layer(x)[0], (x,), check_forward_ad=True, check_batched_grad=True)
+
+
 # A state that is changed in place
 
 
