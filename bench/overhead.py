@@ -48,7 +48,7 @@ class Null:
     def backward(
         self,
         call: Call,
-        outputs: Outputs,
+        output: Tensor,
         saved: Sequence[Tensor],
         d_outputs: Sequence[Tensor | None],
         wanted: Sequence[bool],

@@ -1,8 +1,9 @@
 """The one door between modules and backends: it decides who carries out a call, and checks the call on the way.
 
-In this order: inside an ONNX export the lowering of `festina.backends.export`; inside a `torch.func` transform the
-reference; if the call is watched (traced, profiled, ...) or on lazy tensors the operator, which checks and chooses when it
-runs; else the chosen backend, as a node of autograd's graph if the call is recorded.
+In this order: inside an ONNX export the lowering of `festina.backends.export`; under forward-mode differentiation the
+reference; inside a `torch.func` transform `festina.transforms`; if the call is watched (traced, profiled, ...) or on lazy
+tensors the operator, which checks and chooses when it runs; else the chosen backend, as a node of autograd's graph if the
+call is recorded.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 
-from festina import backends, ops, reference
+from festina import autograd, backends, ops, transforms
 from festina.backends import export
+from festina.backends.eager import EAGER
 from festina.call import Call, Outputs, float32_becomes
 from festina.checks import check_call, check_tensors
 from festina.spec import LayerSpec
@@ -23,8 +25,8 @@ from festina.spec import LayerSpec
 def run(call: Call) -> Outputs:
     """Carry out a `Call` on the backend chosen for it: output `[N, D·P]`, h_n `[D, B, P]`, c_n `[D, B, H]` or None.
 
-    Under autocast, float32 tensors are cast to its dtype first. Inside a `torch.func` transform the reference runs,
-    whatever the backend, since every transform goes through it.
+    Under autocast, float32 tensors are cast to its dtype first. Where forward-mode differentiation follows one of the
+    tensors the reference runs, whatever the backend, since PyTorch differentiates that itself.
 
     Raises:
         TypeError, ValueError: sizes, dtypes or devices do not agree (`festina.checks.check_call`).
@@ -42,15 +44,18 @@ def run(call: Call) -> Outputs:
         check_tensors(call, tensors)
         if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
             return export.run(call)
+        if ops.has_tangents(tensors):
+            check_call(call, tensors)
+            return EAGER.forward(call)
         if not _are_functorch_transforms_active():
             return ops.recurrence(call, force)
         check_call(call, tensors)
-        return reference.run(call)
+        return transforms.run(call, force)
     check_call(call, tensors)
     if ops.is_lazy((*tensors, *call.around())):
         return ops.recurrence(call, force)
     backend = backends.choose(call, force)
-    return ops.record(backend, call, tensors) if ops.is_recorded(tensors) else backend.forward(call)
+    return autograd.record(backend, call, tensors) if autograd.is_recorded(tensors) else backend.forward(call)
 
 
 def step(

@@ -177,7 +177,8 @@ class RecurrentBase(nn.Module):
     def _mask(self, rate: float, steps: Tensor, width: int) -> Tensor:
         """`[D, N, width]` bool, True at `rate`."""
         shape = (self.spec.directions, steps.shape[0], width)
-        return torch.empty(shape, dtype=torch.bool, device=steps.device).bernoulli_(rate)
+        # Not in place: `torch.func.vmap` draws new numbers for each part into new memory only.
+        return torch.bernoulli(torch.empty(shape, dtype=torch.bool, device=steps.device), rate)
 
     def _cell_options(self) -> dict[str, Any]:
         """What the constructor of this layer's cell takes beyond the arguments of every cell."""

@@ -1,24 +1,23 @@
-"""The operators `festina::recurrence`, its train and backward forms, and `sort_rows`: schemas, fake shapes, autograd.
+"""The operators `festina::recurrence`, its train and backward forms, and `sort_rows`: schemas, fake shapes, who calls them.
 
 One operator call is one layer over time, every direction. PyTorch calls them when a graph is traced, replayed, exported or
-watched; `festina.dispatch` calls a backend directly otherwise. Under autograd `recurrence` becomes `recurrence_train`, whose
-outputs and saved tensors `recurrence_backward` turns into gradients. The backend is chosen when `recurrence` runs, unless
-one is forced; the other two are told which, since they share what is saved.
+watched; a backend is called directly otherwise. Under autograd (`festina.autograd`) `recurrence` becomes `recurrence_train`,
+whose output and saved tensors `recurrence_backward` turns into gradients. The backend is chosen when `recurrence` runs,
+unless one is forced; the other two are told which, since they share what is saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._autograd import _profiler_enabled
+from torch.autograd import forward_ad
 
 from festina import backends
-from festina.backends.eager import gradients
 from festina.call import Call, Outputs
 from festina.checks import check_call, check_tensors
 from festina.sequences import sort_rows
@@ -29,14 +28,14 @@ _CALL = (
     "float zoneout, float zoneout_cell, Tensor input, Tensor[] state, Tensor[] parameters"
 )
 
-_library = torch.library.Library("festina", "DEF")
-_library.define(
+library = torch.library.Library("festina", "DEF")
+library.define(
     "sort_rows(Tensor lengths, SymInt T, bool batch_first) -> (Tensor order, Tensor batch_sizes, Tensor index)"
 )
-_library.define(f"recurrence({_CALL}) -> (Tensor output, Tensor[] state_n)")
-_library.define(f"recurrence_train({_CALL}) -> (Tensor output, Tensor[] state_n, Tensor[] saved)")
-_library.define(
-    f"recurrence_backward({_CALL}, Tensor output, Tensor[] state_n, Tensor[] saved, "
+library.define(f"recurrence({_CALL}) -> (Tensor output, Tensor[] state_n)")
+library.define(f"recurrence_train({_CALL}) -> (Tensor output, Tensor[] state_n, Tensor[] saved)")
+library.define(
+    f"recurrence_backward({_CALL}, Tensor output, Tensor[] saved, "
     "Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, bool[] wanted) -> Tensor[]"
 )
 
@@ -61,7 +60,7 @@ def arguments(call: Call, backend: str) -> tuple[Any, ...]:
     )
 
 
-def _parse(
+def parse(
     backend: str,
     layer: str,
     batch_sizes: Tensor | None,
@@ -74,6 +73,7 @@ def _parse(
     state: Sequence[Tensor],
     parameters: Sequence[Tensor],
 ) -> tuple[backends.Backend, Call]:
+    """The backend and the call of an operator's arguments, unchecked."""
     if len(state) not in (1, 2):
         raise ValueError(f"state must hold h_0, and c_0 if the cell has a c, got {len(state)} tensors")
     call = Call(
@@ -94,12 +94,12 @@ def _parse(
 
 def _admit(*args: Any) -> tuple[backends.Backend, Call]:
     """The backend and the call of an operator's arguments, checked: users may call an operator directly."""
-    backend, call = _parse(*args)
+    backend, call = parse(*args)
     check_call(call, call.tensors())
     return backend, call
 
 
-def _listed(outputs: Outputs) -> tuple[Tensor, list[Tensor]]:
+def listed(outputs: Outputs) -> tuple[Tensor, list[Tensor]]:
     """Outputs as an operator gives them."""
     return outputs.output, [state for state in outputs[1:] if state is not None]
 
@@ -108,9 +108,57 @@ def _outputs(output: Tensor, state_n: Sequence[Tensor]) -> Outputs:
     return Outputs(output, state_n[0], state_n[1] if len(state_n) > 1 else None)
 
 
+# Calls that are carried out by an operator, or by the backend itself.
+
+
 def recurrence(call: Call, backend: str) -> Outputs:
     """Carry out a call by the operator."""
     return _outputs(*torch.ops.festina.recurrence(*arguments(call, backend)))
+
+
+def train(backend: backends.Backend, call: Call, watched: bool) -> tuple[Outputs, list[Tensor]]:
+    """Carry out a call in training, by the operator if it is watched: the outputs, and what `backward` needs besides."""
+    if not watched:
+        return backend.forward_train(call)
+    with torch._C._AutoDispatchBelowAutograd():
+        output, state_n, saved = torch.ops.festina.recurrence_train(*arguments(call, backend.name))
+    return _outputs(output, state_n), saved
+
+
+def kept_output(call: Call, output: Tensor) -> Tensor | None:
+    """The output as backward must find it; None if nothing of it is read, as there is one step.
+
+    A step of a cell keeps no output, so that its caller may change the new state in place before backward.
+    """
+    N, B = call.input.shape[0], call.h_0.shape[1]
+    if call.batch_sizes is None and not isinstance(N, torch.SymInt) and N == B:
+        return None
+    return output
+
+
+def backward(
+    backend: backends.Backend,
+    call: Call,
+    output: Tensor | None,
+    saved: Sequence[Tensor],
+    d_outputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    watched: bool,
+) -> Sequence[Tensor | None]:
+    """The gradients of a call that `train` carried out, those that are wanted, by the operator if it is watched.
+
+    Args:
+        output: `kept_output`.
+        d_outputs: of output, h_n, and c_n if there is one; None means zero.
+    """
+    if output is None:
+        D, _, P = call.h_0.shape
+        output = call.input.new_empty(call.input.shape[0], D * P)
+    d_all = (*d_outputs, None)[:3]
+    if not watched:
+        return backend.backward(call, output, saved, d_all, wanted)
+    found = torch.ops.festina.recurrence_backward(*arguments(call, backend.name), output, saved, *d_all, wanted)
+    return [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
 
 
 # What the operators compute, and the shapes of it.
@@ -118,41 +166,42 @@ def recurrence(call: Call, backend: str) -> Outputs:
 
 def _recurrence(*args: Any) -> tuple[Tensor, list[Tensor]]:
     backend, call = _admit(*args)
-    return _listed(backend.forward(call))
+    return listed(backend.forward(call))
 
 
 def _recurrence_train(*args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     backend, call = _admit(*args)
     outputs, saved = backend.forward_train(call)
-    return (*_listed(outputs), saved)
+    return (*listed(outputs), saved)
 
 
 def _recurrence_backward(*args: Any) -> list[Tensor]:
-    *call_args, output, state_n, saved, d_output, d_h_n, d_c_n, wanted = args
+    *call_args, output, saved, d_output, d_h_n, d_c_n, wanted = args
     backend, call = _admit(*call_args)
-    outputs, d_outputs = _outputs(output, state_n), (d_output, d_h_n, d_c_n)
+    d_outputs = (d_output, d_h_n, d_c_n)
     if len(wanted) != len(call.tensors()):
         raise ValueError(f"wanted must hold {len(call.tensors())} flags for this call, got {len(wanted)}")
-    _check_backward(backend, call, outputs, saved, d_outputs)
-    found = backend.backward(call, outputs, saved, d_outputs, wanted)
+    _check_backward(backend, call, output, saved, d_outputs)
+    found = backend.backward(call, output, saved, d_outputs, wanted)
     return [call.input.new_empty(0) if gradient is None else gradient for gradient in found]
 
 
 def _check_backward(
     backend: backends.Backend,
     call: Call,
-    outputs: Outputs,
+    output: Tensor,
     saved: Sequence[Tensor],
     d_outputs: Sequence[Tensor | None],
 ) -> None:
-    """Raise unless outputs, their gradients and what was saved belong to such a call."""
+    """Raise unless the output, what was saved and the gradients of the outputs belong to such a call."""
     device = call.input.device
     call = call.with_tensors([tensor.to("meta") for tensor in call.tensors()])  # shapes alone: nothing is allocated
-    like = (*_outputs(*_shapes(call)), *backend.saved_like(call))
-    names = ("output", "h_n", "c_n", *("saved" for _ in saved))
-    if len(names) != len(like):
-        raise ValueError(f"saved must hold {len(like) - 3} tensors for this call on {backend.name}, got {len(saved)}")
-    pairs = [*zip(names, like, (*outputs, *saved)), *zip(("d_output", "d_h_n", "d_c_n"), like, d_outputs)]
+    outputs, kept = _outputs(*_shapes(call)), backend.saved_like(call)
+    if len(saved) != len(kept):
+        raise ValueError(f"saved must hold {len(kept)} tensors for this call on {backend.name}, got {len(saved)}")
+    pairs: list[tuple[str, Tensor | None, Tensor | None]] = [("output", outputs.output, output)]
+    pairs += [("saved", *pair) for pair in zip(kept, saved)]
+    pairs += zip(("d_output", "d_h_n", "d_c_n"), outputs, d_outputs)
     for name, want, got in pairs:
         if got is None and (want is None or name.startswith("d_")):
             continue
@@ -173,7 +222,7 @@ def _shapeless(*args: Any) -> tuple[backends.Backend, Call]:
 
     PyTorch comes here also with numbers, if one tensor of a call is on meta: then outputs would hold what was in memory.
     """
-    backend, call = _parse(*args)
+    backend, call = parse(*args)
     if type(call.input) in _PLAIN and not call.input.is_meta:
         named = {name: getattr(call, name) for name in ("batch_sizes", "resets", "zoneout_mask", "zoneout_cell_mask")}
         stray = next(
@@ -196,7 +245,7 @@ def _recurrence_train_fake(*args: Any) -> tuple[Tensor, list[Tensor], list[Tenso
 
 
 def _recurrence_backward_fake(*args: Any) -> list[Tensor]:
-    *call_args, _output, _state_n, _saved, _d_output, _d_h_n, _d_c_n, wanted = args
+    *call_args, _output, _saved, _d_output, _d_h_n, _d_c_n, wanted = args
     call = _shapeless(*call_args)[1]
     return [
         torch.empty_like(tensor, memory_format=torch.contiguous_format) if want else call.input.new_empty(0)
@@ -212,100 +261,15 @@ def _sort_rows_fake(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor,
     return torch.empty_like(lengths), lengths.new_empty(longest), lengths.new_empty(valid)
 
 
-# Autograd.
-
-
-class _Recurrence(torch.autograd.Function):
-    """A call as a node of autograd's graph. Nothing saved is ever overwritten, so backward may run more than once."""
-
-    @staticmethod
-    def forward(ctx: Any, backend: backends.Backend, call: Call, watched: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`tensors` are those of the call, once more: autograd has to see them."""
-        if watched:
-            with torch._C._AutoDispatchBelowAutograd():
-                output, state_n, saved = torch.ops.festina.recurrence_train(*arguments(call, backend.name))
-            outputs = _outputs(output, state_n)
-        else:
-            outputs, saved = backend.forward_train(call)
-        ctx.backend, ctx.watched, ctx.layer, ctx.rates = backend, watched, call.layer, (call.zoneout, call.zoneout_cell)
-        # Tensors go through `save_for_backward`, which notices writes in place and serves checkpointing, not with the call.
-        around = (call.batch_sizes, call.resets, call.zoneout_mask, call.zoneout_cell_mask)
-        ctx.save_for_backward(*around, *tensors, *outputs, *saved)
-        ctx.set_materialize_grads(False)
-        return tuple(tensor for tensor in outputs if tensor is not None)
-
-    @staticmethod
-    def backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted: list[bool] = list(ctx.needs_input_grad[3:])
-        kept = ctx.saved_tensors  # read once: activation checkpointing hands it out no second time
-        batch_sizes, resets, zoneout_mask, zoneout_cell_mask, input, h_0, *rest = kept
-        c_0 = rest.pop(0) if len(d_outputs) > 2 else None
-        inputs = len(wanted) - 2 - (c_0 is not None)
-        call = Call(
-            layer=ctx.layer,
-            input=input,
-            h_0=h_0,
-            c_0=c_0,
-            parameters=tuple(rest[:inputs]),
-            batch_sizes=batch_sizes,
-            resets=resets,
-            zoneout_mask=zoneout_mask,
-            zoneout_cell_mask=zoneout_cell_mask,
-            zoneout=ctx.rates[0],
-            zoneout_cell=ctx.rates[1],
-        )
-        d_all = d_outputs if c_0 is not None else (*d_outputs, None)
-        found: Sequence[Tensor | None]
-        if torch.is_grad_enabled():  # create_graph=True: the reference can be differentiated again, kernels cannot
-            # Views, so that a gradient stops at its own tensor where one input was computed from another.
-            call = call.with_tensors([tensor.view_as(tensor) for tensor in call.tensors()])
-            found = gradients(call, d_outputs, wanted, create_graph=True)
-        else:
-            outputs, saved = Outputs(*rest[inputs : inputs + 3]), rest[inputs + 3 :]
-            given = [tensor for tensor in d_outputs if tensor is not None]
-            if ctx.watched or is_watched([input, *(t for t in kept if t is not None), *given]) or is_lazy(given):
-                args = (*arguments(call, ctx.backend.name), *_listed(outputs), saved, *d_all, wanted)
-                found = torch.ops.festina.recurrence_backward(*args)
-                found = [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
-            else:
-                found = ctx.backend.backward(call, outputs, saved, d_all, wanted)
-        return (None, None, None, *found)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        raise NotImplementedError(
-            "forward-mode differentiation (torch.autograd.forward_ad) does not go through festina's operators; "
-            "torch.func.jvp and torch.func.jacfwd do"
-        )
-
-
-# `Function.apply` without its Python part, which unwraps tensors that outlived a `torch.func` transform: a fifth of a cell's
-# forward pass. A call that is watched takes the whole.
-_apply = super(torch.autograd.Function, _Recurrence).apply
-
-
-def record(backend: backends.Backend, call: Call, tensors: Sequence[Tensor], watched: bool = False) -> Outputs:
-    """Carry out a call as a node of autograd's graph; by the operator if it is watched.
-
-    Args:
-        backend: the one that carries it out, forward and backward.
-        call: the call, which `check_call` has passed.
-        tensors: `call.tensors()`.
-        watched: `is_watched(tensors)`, or one of the call's tensors `is_lazy`.
-    """
-    apply = _Recurrence.apply if watched else _apply
-    output, h_n, *c_n = apply(backend, call, watched, *tensors)  # type: ignore[no-untyped-call]
-    return Outputs(output, h_n, c_n[0] if c_n else None)
-
+# When a call takes the operator, and when only the reference serves.
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_REQUIRES_GRAD = attrgetter("requires_grad")
 _IS_NEGATED, _IS_ZERO = Tensor.is_neg, Tensor._is_zerotensor
 
 
 def is_watched(tensors: Sequence[Tensor]) -> bool:
-    """True if tracing, a dispatch mode, a transform, the profiler or a tensor subclass must observe an operator, or if only
-    shapes are asked for (meta tensors). The first tensor is a call's input, or a step's."""
+    """True if tracing, a dispatch mode, a transform, the profiler or a tensor subclass must observe an operator, if there may
+    be tangents, or if only shapes are asked for (meta tensors). The first tensor is a call's input, or a step's."""
     return (
         torch.compiler.is_compiling()
         or tensors[0].is_meta
@@ -313,6 +277,7 @@ def is_watched(tensors: Sequence[Tensor]) -> bool:
         or _are_functorch_transforms_active()
         or _get_tracing_state() is not None
         or _profiler_enabled()
+        or forward_ad._current_level >= 0
         or not _PLAIN.issuperset(map(type, tensors))
     )
 
@@ -323,22 +288,11 @@ def is_lazy(tensors: Sequence[Tensor]) -> bool:
     return any(map(_IS_NEGATED, tensors)) or any(map(_IS_ZERO, tensors))
 
 
-def is_recorded(tensors: Sequence[Tensor]) -> bool:
-    """True if autograd records what is done with these tensors."""
-    return torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors))
-
-
-def _recurrence_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    *_, input, state, parameters = args
-    if is_recorded((input, *state, *parameters)):
-        backend, call = _parse(*args)
-        tensors = call.tensors()
-        if not (watched := is_watched(tensors) or is_lazy((*tensors, *call.around()))):
-            check_call(call, tensors)
-        return _listed(record(backend, call, tensors, watched))
-    with torch._C._AutoDispatchBelowAutograd():
-        result: tuple[Tensor, list[Tensor]] = torch.ops.festina.recurrence(*args)
-    return result
+def has_tangents(tensors: Iterable[Tensor]) -> bool:
+    """True if forward-mode differentiation follows one of these tensors, which `is_watched` then."""
+    if forward_ad._current_level < 0:
+        return False
+    return _are_functorch_transforms_active() or any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 for _name, _kernel, _fake in (
@@ -347,6 +301,5 @@ for _name, _kernel, _fake in (
     ("recurrence_train", _recurrence_train, _recurrence_train_fake),
     ("recurrence_backward", _recurrence_backward, _recurrence_backward_fake),
 ):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"festina::{_name}", _fake, lib=_library)
-_library.impl("recurrence", _recurrence_autograd, "Autograd")
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"festina::{_name}", _fake, lib=library)

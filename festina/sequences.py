@@ -7,12 +7,15 @@ Packed means: rows sorted by length, longest first, and for each step the rows t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import _disable_current_modes
 
 from festina.checks import Lengths, MismatchError, check_lengths, check_resets, check_state
 from festina.spec import CellSpec
@@ -163,6 +166,15 @@ def _directed(resets: Tensor, lengths: Tensor | None, directions: int) -> Tensor
     return torch.stack([resets, torch.cat([resets[1:], torch.zeros_like(resets[:1])])])
 
 
+def _out_of_sight() -> AbstractContextManager[Any]:
+    """Lengths are plain numbers to whatever follows the tensors of a call: `torch.func.linearize` refuses to read a tensor
+    that it has seen. A compiler does see them."""
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() == 0:
+        return nullcontext()
+    context: AbstractContextManager[Any] = _disable_current_modes()
+    return context
+
+
 def pack(
     input: Tensor | PackedSequence,
     directions: int = 1,
@@ -201,7 +213,8 @@ def pack(
     if lengths is not None:
         if not is_batched:
             raise MismatchError("lengths belong to a batch, but input is one row, [T, I]; cut it with input[:length]")
-        lengths = check_lengths(lengths, B)
+        with _out_of_sight():
+            lengths = check_lengths(lengths, B)
     if resets is not None:
         shape, axes = ((B, T), "[B, T]") if batch_first else ((T, B), "[T, B]")
         check_resets(resets, shape if is_batched else (T,), axes if is_batched else "[T]", input.device)
@@ -212,11 +225,14 @@ def pack(
         packing.is_active = torch.arange(T, device=lengths.device).unsqueeze(1) < lengths
         packing.resets = None if resets is None else _directed(resets, lengths, directions).flatten(1)
         return packing.pack(batched), packing
-    if lengths is None or not (is_compiling or bool((lengths != T).any())):
+    with _out_of_sight():
+        is_ragged = lengths is not None and (is_compiling or bool((lengths != T).any()))
+    if lengths is None or not is_ragged:
         packing.resets = None if resets is None else _directed(resets, None, directions).flatten(1)
         return packing.pack(batched), packing
     sort = torch.ops.festina.sort_rows if is_compiling else sort_rows
-    order, packing.batch_sizes, index = sort(lengths, T, batch_first)
+    with _out_of_sight():
+        order, packing.batch_sizes, index = sort(lengths, T, batch_first)
     packing.order, packing.index = order.to(input.device), index.to(input.device)
     if resets is not None:
         steps = packing.index

@@ -252,17 +252,16 @@ def test_batch_sizes_may_begin_below_b() -> None:
 def backward_arguments(call: Call) -> list[Any]:
     output, state_n, saved = torch.ops.festina.recurrence_train(*ops.arguments(call, "cpu"))
     d_outputs = [torch.ones_like(output), *map(torch.ones_like, state_n), None][:3]
-    return [*ops.arguments(call, "cpu"), output, state_n, saved, *d_outputs, [True] * len(call.tensors())]
+    return [*ops.arguments(call, "cpu"), output, saved, *d_outputs, [True] * len(call.tensors())]
 
 
 WRONG_BACKWARD: dict[str, tuple[int, Callable[[Any], Any], str]] = {
     "output": (11, lambda output: output[:-1], r"output must be torch.float32 \[12, 5\] on cpu for this call"),
-    "h_n": (12, lambda state_n: [state_n[0][:, :1], state_n[1]], r"h_n must be torch.float32 \[1, 3, 5\]"),
-    "saved bytes": (13, lambda saved: [saved[0][:-64]], r"saved must be torch.uint8 \["),
-    "nothing saved": (13, lambda saved: [], r"saved must hold 1 tensors for this call on cpu, got 0"),
-    "d_output": (14, lambda d_output: d_output[:, :3], r"d_output must be torch.float32 \[12, 5\]"),
-    "d_h_n": (15, lambda d_h_n: d_h_n.double(), r"d_h_n must be torch.float32 \[1, 3, 5\].*got torch.float64"),
-    "d_c_n": (16, lambda d_c_n: d_c_n[0], r"d_c_n must be torch.float32 \[1, 3, 5\]"),
+    "saved bytes": (12, lambda saved: [saved[0][:-64]], r"saved must be torch.uint8 \["),
+    "nothing saved": (12, lambda saved: [], r"saved must hold 1 tensors for this call on cpu, got 0"),
+    "d_output": (13, lambda d_output: d_output[:, :3], r"d_output must be torch.float32 \[12, 5\]"),
+    "d_h_n": (14, lambda d_h_n: d_h_n.double(), r"d_h_n must be torch.float32 \[1, 3, 5\].*got torch.float64"),
+    "d_c_n": (15, lambda d_c_n: d_c_n[0], r"d_c_n must be torch.float32 \[1, 3, 5\]"),
 }
 
 

@@ -25,9 +25,15 @@ def seed() -> None:
 
 @pytest.fixture
 def compiler() -> Iterator[None]:
-    """torch.compile as in a fresh process; recompiling is an error."""
+    """torch.compile as on a fresh machine; recompiling is an error.
+
+    Graphs of training that PyTorch keeps on disk would be found again after an operator has got another schema.
+    """
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with (
+        torch._dynamo.config.patch(error_on_recompile=True),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         yield
     torch._dynamo.reset()
 

@@ -1,4 +1,4 @@
-"""Who carries out a call (`festina.dispatch`): `torch.func` transforms, autocast, modes without gradients, backends by name."""
+"""Who carries out a call (`festina.dispatch`): autocast, modes without gradients, backends by name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from samples import FIVE_VARIANTS, VARIANTS, assert_same, gradients, make
-from torch import Tensor
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vmap
+from samples import VARIANTS, assert_same, gradients, make
 
 import festina
 from festina import backends
@@ -25,42 +23,6 @@ F64: dict[str, Any] = {"dtype": torch.float64}
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-# torch.func
-
-
-@pytest.mark.parametrize("variant", FIVE_VARIANTS)
-def test_functional_transforms(variant: str) -> None:
-    layer, x = make(variant, I, H, **F64), torch.randn(T, B, I, **F64)
-    parameters = dict(layer.named_parameters())
-
-    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(layer, parameters, (x,))[0].square().sum()  # type: ignore[no-any-return]
-
-    want = dict(zip(parameters, gradients(layer(x)[0], layer)))
-    assert_same(grad(loss)(parameters, x), want)
-    per_sample = vmap(grad(loss), in_dims=(None, 1))(parameters, x.unsqueeze(2))
-    for b in range(B):
-        assert_same({name: g[b] for name, g in per_sample.items()}, grad(loss)(parameters, x[:, b : b + 1]))
-    short = x[:2, :1]
-    jacobian = torch.autograd.functional.jacobian(lambda x: layer(x)[0], short)
-    assert_same(jacrev(lambda x: layer(x)[0])(short), jacobian)
-    assert_same(jacfwd(lambda x: layer(x)[0])(short), jacobian)
-    curvature = torch.autograd.functional.hessian(lambda x: layer(x)[0].square().sum(), short)
-    assert_same(hessian(lambda x: loss(parameters, x))(short), curvature)
-
-
-def test_an_ensemble_by_vmap() -> None:
-    layers, x = [make("gru-haste", I, H, **F64) for _ in range(3)], torch.randn(T, B, I, **F64)
-    parameters, buffers = stack_module_state(layers)
-
-    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Any:
-        return functional_call(layers[0], (parameters, buffers), (x,))
-
-    outputs, states = vmap(call, in_dims=(0, 0, None))(parameters, buffers, x)
-    for k, layer in enumerate(layers):
-        assert_same((outputs[k], states[k]), layer(x))
 
 
 # Autocast

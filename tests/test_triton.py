@@ -252,7 +252,7 @@ def train(case: Case) -> None:
     """Both passes; their results do not matter."""
     call, cotangents = case.build()
     outputs, saved = TRITON.forward_train(call)
-    TRITON.backward(call, outputs, saved, (*cotangents, None)[:3], [True] * len(call.tensors()))
+    TRITON.backward(call, outputs.output, saved, (*cotangents, None)[:3], [True] * len(call.tensors()))
 
 
 # Kept launches

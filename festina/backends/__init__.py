@@ -40,7 +40,7 @@ class Backend(Protocol):
         """The outputs, in inference: nothing is saved."""
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
-        """The same outputs, and the tensors that `backward` needs besides the call and its outputs."""
+        """The same outputs, and the tensors that `backward` needs besides the call and `output`."""
 
     def saved_like(self, call: Call) -> list[Tensor]:
         """Tensors of the shapes and dtypes that `forward_train` saves, for shape propagation; their values do not matter."""
@@ -48,14 +48,15 @@ class Backend(Protocol):
     def backward(
         self,
         call: Call,
-        outputs: Outputs,
+        output: Tensor,
         saved: Sequence[Tensor],
         d_outputs: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> list[Tensor | None]:
         """Gradients of input, h_0, c_0 (if the cell has a c) and every parameter, those that are `wanted`.
 
-        `d_outputs` belong to output, h_n, c_n; None means zero. `saved` and the call are read, never written.
+        `d_outputs` belong to output, h_n, c_n; None means zero. `output`, `saved` and the call are read, never written. Of
+        `output` only what a later step started from is read: nothing if there is one step.
         """
 
 

@@ -33,7 +33,7 @@ class Eager:
     def backward(
         self,
         call: Call,
-        outputs: Outputs,
+        output: Tensor,
         saved: Sequence[Tensor],
         d_outputs: Sequence[Tensor | None],
         wanted: Sequence[bool],

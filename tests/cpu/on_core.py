@@ -31,13 +31,13 @@ class Recurrence(torch.autograd.Function):
     def forward(ctx, call, *tensors):
         outputs, saved = CPU.forward_train(call.with_tensors(tensors))
         ctx.call = call.with_tensors(tensors)
-        ctx.outputs, ctx.saved = outputs, saved
+        ctx.output, ctx.saved = outputs.output, saved
         return tuple(out for out in outputs if out is not None)
 
     @staticmethod
     def backward(ctx, *d_outputs):
         d_outputs = (*d_outputs, None)[:3]
-        return None, *CPU.backward(ctx.call, ctx.outputs, ctx.saved, d_outputs, ctx.needs_input_grad[1:])
+        return None, *CPU.backward(ctx.call, ctx.output, ctx.saved, d_outputs, ctx.needs_input_grad[1:])
 
 
 def run(call: Call):

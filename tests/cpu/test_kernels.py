@@ -284,7 +284,7 @@ def test_nothing_to_do(sizes):
     assert torch.equal(outputs[1], call.h_0)
     assert torch.equal(outputs[2], call.c_0)
     d_outputs = [torch.ones_like(out) for out in outputs]
-    d_input, d_h_0, d_c_0, *rest = CPU.backward(call, outputs, saved, d_outputs, [True] * len(call.tensors()))
+    d_input, d_h_0, d_c_0, *rest = CPU.backward(call, outputs.output, saved, d_outputs, [True] * len(call.tensors()))
     assert d_input.shape == call.input.shape
     assert torch.equal(d_h_0, d_outputs[1])
     assert torch.equal(d_c_0, d_outputs[2])

@@ -30,9 +30,9 @@ def test_a_struct_forgets_the_tensors_of_the_call_before():
     outputs, saved = CPU.forward_train(plain)
     wanted = [True] * len(plain.tensors())
     for given in (cotangents, [cotangents[0], None, None]):
-        got = CPU.backward(plain, outputs, saved, given, wanted)
+        got = CPU.backward(plain, outputs.output, saved, given, wanted)
         zeros = [torch.zeros_like(c) if g is None else c for c, g in zip(cotangents, given)]
-        want = CPU.backward(plain, outputs, saved, zeros, wanted)
+        want = CPU.backward(plain, outputs.output, saved, zeros, wanted)
         torch.testing.assert_close(got, want)
 
 

@@ -82,7 +82,7 @@ def training(call):
 def backward(call):
     """Of a forward pass that is not made: what it saved would be as large."""
     outputs, (saved,) = new_outputs(call), CPU.saved_like(call)
-    return CPU.backward(call, outputs, [saved], [*outputs], [True] * len(call.tensors()))
+    return CPU.backward(call, outputs.output, [saved], [*outputs], [True] * len(call.tensors()))
 
 
 def test_a_signal_ends_a_long_call_soon():

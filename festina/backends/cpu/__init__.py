@@ -164,7 +164,7 @@ class Cpu:
     def backward(
         self,
         call: Call,
-        outputs: Outputs,
+        output: Tensor,
         saved: Sequence[Tensor],
         d_outputs: Sequence[Tensor | None],
         wanted: Sequence[bool],
@@ -176,7 +176,7 @@ class Cpu:
         ]
         of_c = () if call.c_0 is not None else (None,)
         d_all = (*d_outputs, None)[:3]
-        given = (outputs[0], saved[0], *d_all, *gradients[:2], *of_c, *gradients[2:])
+        given = (output, saved[0], *d_all, *gradients[:2], *of_c, *gradients[2:])
         carry_out(plan, (*operands(call), *given))
         return gradients
 

@@ -79,13 +79,13 @@ class Triton:
     def backward(
         self,
         call: Call,
-        outputs: Outputs,
+        output: Tensor,
         saved: Sequence[Tensor],
         d_outputs: Sequence[Tensor | None],
         wanted: Sequence[bool],
     ) -> list[Tensor | None]:
         kept = _c_and_statistics(call, saved)
-        gradients: list[Tensor | None] = _module("recurrence").backward(call, outputs[0], *kept, d_outputs, wanted)
+        gradients: list[Tensor | None] = _module("recurrence").backward(call, output, *kept, d_outputs, wanted)
         return gradients
 
 
