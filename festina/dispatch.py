@@ -40,7 +40,7 @@ def run(call: Call) -> Outputs:
         call = call.with_tensors(tensors)
     if ops.is_watched(tensors):
         check_tensors(call, tensors)
-        if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        if export.is_exporting():
             return export.run(call)
         if not _are_functorch_transforms_active():
             return ops.recurrence(call, force)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from festina import norms
+from festina.backends import export
 from festina.call import Call
 from festina.checks import check_counts, check_dtype, check_forget_bias, check_proj_size, check_rates
 from festina.norms import NormPlan
@@ -180,6 +181,12 @@ class RecurrentBase(nn.Module):
     def _cell_options(self) -> dict[str, Any]:
         """What the constructor of this layer's cell takes beyond the arguments of every cell."""
         return {}
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What `torch.nn.Module` calls while TorchScript traces: its ONNX exporter gives `lengths` by position, and the error
+        should be that of `is_exporting`."""
+        export.is_exporting()
+        return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def get_extra_state(self) -> Tensor:
         """The plan as a tensor. torch.distributed.checkpoint sends more than tensors only for modules with this method."""
