@@ -42,7 +42,7 @@ def run(call: Call) -> Outputs:
         call = call.with_tensors(tensors)
     if ops.is_watched(tensors):
         check_tensors(call, tensors)
-        if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        if export.is_exporting():
             return export.run(call)
         if ops.has_tangents(tensors):
             check_call(call, tensors)

@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
 from festina import norms
+from festina.backends import export
 from festina.call import Call
 from festina.checks import (
     as_count,
@@ -28,8 +30,12 @@ from festina.spec import CellSpec, LayerSpec
 # Under this name of torch's a module saves more than tensors; here, its norm plan.
 PLAN_KEY = "_extra_state"
 
+PLAN_BYTES = 256
+"""A saved plan is padded to a multiple of this, so that plans can be averaged, or loaded into one another's place, and the
+error is that of `saved_plan`; the text itself has some 200 bytes."""
+
 MOST_PLAN_BYTES = 4096
-"""The longest plan that is read; one that is saved has some 200 bytes."""
+"""The longest plan that is read."""
 
 
 class RecurrentBase(nn.Module):
@@ -184,8 +190,14 @@ class RecurrentBase(nn.Module):
         """What the constructor of this layer's cell takes beyond the arguments of every cell."""
         return {}
 
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What `torch.nn.Module` calls while TorchScript traces: its ONNX exporter gives `lengths` by position, and the error
+        should be that of `is_exporting`."""
+        export.is_exporting()
+        return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def get_extra_state(self) -> Tensor:
-        """The plan as bytes. torch.distributed.checkpoint sends more than tensors only for modules with this method."""
+        """The plan as a tensor. torch.distributed.checkpoint sends more than tensors only for modules with this method."""
         return plan_tensor(self.norm)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -257,8 +269,14 @@ def leaf(module: nn.Module, input: Proxy, *args: Any, **kwargs: Any) -> Proxy:
 
 
 def plan_tensor(plan: NormPlan) -> Tensor:
-    """The plan as a checkpoint holds it, under `PLAN_KEY`."""
-    return torch.tensor(list(plan.to_json().encode()), dtype=torch.uint8)
+    """The plan as a checkpoint holds it, under `PLAN_KEY`: each bit of its JSON a float32, 0 or 1, on the CPU.
+
+    State dicts are averaged, interpolated, cast and scaled as a whole. With weights that add up to 1 this leaves 0 as it is
+    and 1 near 1, in any floating-point type, as long as all the plans are equal.
+    """
+    text = plan.to_json().encode()
+    text = text.ljust(math.ceil(len(text) / PLAN_BYTES) * PLAN_BYTES, b"\0")
+    return torch.from_numpy(np.unpackbits(np.frombuffer(text, np.uint8)).astype(np.float32))
 
 
 def saved_plan(state_dict: dict[str, Any], prefix: str) -> NormPlan | None:
@@ -267,15 +285,37 @@ def saved_plan(state_dict: dict[str, Any], prefix: str) -> NormPlan | None:
     Weights without any gain are those of a plain layer: neither torch.nn nor Festina saves a plan for one.
 
     Raises:
-        TypeError, ValueError: what is saved is no plan.
+        TypeError, ValueError: what is saved is no plan, or a mixture of different plans.
     """
     saved = state_dict.get(prefix + PLAN_KEY)
     if saved is not None:
-        if not isinstance(saved, Tensor) or saved.dtype != torch.uint8:
-            got = saved.dtype if isinstance(saved, Tensor) else type(saved).__name__
-            raise TypeError(f"a plan must be saved as a tensor of uint8, got {got}")
-        if saved.is_meta or saved.dim() != 1 or saved.numel() > MOST_PLAN_BYTES:
-            raise ValueError(f"a plan must have one axis of at most {MOST_PLAN_BYTES} bytes, got {list(saved.shape)}")
-        return NormPlan.from_json(bytes(saved.tolist()).decode())
+        return NormPlan.from_json(_plan_bytes(saved).decode())
     is_plain = not any(name.startswith(prefix + "gain") for name in state_dict)
     return norms.NONE if is_plain and any(name.startswith(prefix + "weight_ih") for name in state_dict) else None
+
+
+def _plan_bytes(saved: Any) -> bytes:
+    """The text of a saved plan: of its bits, or of its bytes as uint8, as in old checkpoints.
+
+    Raises:
+        TypeError, ValueError: the tensor is of another type or shape, or its values are not near 0 or 1.
+    """
+    if not isinstance(saved, Tensor) or not (saved.is_floating_point() or saved.dtype == torch.uint8):
+        got = saved.dtype if isinstance(saved, Tensor) else type(saved).__name__
+        raise TypeError(f"a plan must be saved as a tensor of float32, or uint8 in old checkpoints, got {got}")
+    length = 8 if saved.is_floating_point() else 1  # values for a byte
+    if saved.is_meta or saved.layout != torch.strided or saved.dim() != 1 or saved.numel() > length * MOST_PLAN_BYTES:
+        raise ValueError(
+            f"a plan must have one axis of at most {MOST_PLAN_BYTES} bytes, or 8 values for each, got {list(saved.shape)}"
+        )
+    if saved.dtype == torch.uint8:
+        return bytes(saved.tolist())
+    values = saved.detach().cpu().double()
+    # Weighted sums in a narrow type round 1, but never 0: there the smallest part of another plan shows.
+    is_bit = torch.where(values > 0.5, (values - 1).abs() < 0.125, values.abs() < 1e-6)
+    if not is_bit.all():
+        raise ValueError(
+            f"the values of a plan must be 0 or 1, got {values[~is_bit][0].item():.6g}; if this state dict is a mean or a "
+            "weighted sum, combine only layers of one plan, with weights that add up to 1"
+        )
+    return np.packbits(values.numpy() > 0.5).tobytes().rstrip(b"\0")

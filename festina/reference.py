@@ -27,11 +27,18 @@ def total(pre: PreActivations) -> Tensor:
     return pre[0] if len(pre) == 1 else pre[0] + pre[1]
 
 
-def lstm_update(pre: PreActivations, state: State) -> Tensor:
-    """pre: [B, 4, H] from x and from h, or their one normalised sum, order i f g o; state: (h [B, P], c [B, H]). To c."""
+def lstm_gates(pre: PreActivations) -> tuple[Tensor, Tensor]:
+    """pre: [B, 4, H] from x and from h, or their one normalised sum, order i f g o. To what c is multiplied by, σ(f), and what
+    is added to it, σ(i)·tanh(g), both [B, H]."""
     a = total(pre)
     i, f = torch.sigmoid(a[:, :2]).unbind(1)
-    return f * state[1] + i * torch.tanh(a[:, 2])
+    return f, i * torch.tanh(a[:, 2])
+
+
+def lstm_update(pre: PreActivations, state: State) -> Tensor:
+    """pre as in `lstm_gates`; state: (h [B, P], c [B, H]). To c."""
+    kept, added = lstm_gates(pre)
+    return kept * state[1] + added
 
 
 def lstm_emit(pre: PreActivations, c: Tensor) -> Tensor:

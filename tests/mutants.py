@@ -493,6 +493,13 @@ MUTANTS: list[Mutant] = [
         "tests/test_module.py",
     ),
     python(
+        "module: a small part of another plan is overlooked",
+        "module.py",
+        "values.abs() < 1e-6",
+        "values.abs() < 0.125",
+        "tests/test_module.py",
+    ),
+    python(
         "module: the forget gate's bias goes to the input gate",
         "module.py",
         'spec.cell.rows("f", H)',

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from samples import assert_same, listed
 from torch import Tensor, nn
 
 import festina.compat.haste as haste
-from festina import backends, convert
+from festina import backends, convert, functional
 from festina.call import Case
 
 TYPES = {
@@ -229,6 +230,87 @@ def test_return_state_sequence(name: str, batch_first: bool) -> None:
     for t in range(T):
         _, last = rnn(x[: t + 1])
         assert_same([s[:, t] for s in states], listed(last), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["LSTM", "LayerNormLSTM"])
+def test_the_state_sequence_has_the_gradients_of_single_steps(
+    name: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes one call of the layer, where there were T."""
+    T, B, I, H = SMALL
+    rnn = trained(TYPES[name](I, H, zoneout=0.3, return_state_sequence=True)).double().train(training)
+    x = torch.rand(T, B, I, dtype=torch.float64, requires_grad=True)
+    start = [torch.randn(1, B, H, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    torch.manual_seed(1)
+    with mock.patch.object(haste, "functional", mock.Mock(wraps=functional)) as watched:
+        _, got = rnn(x, tuple(start))
+    assert watched.layer.call_count == 1
+
+    rnn.return_state_sequence = False
+    torch.manual_seed(1)
+    mask, state, steps = rnn._get_zoneout_mask(x), tuple(start), []
+    for t in range(T):
+        monkeypatch.setattr(rnn, "_get_zoneout_mask", lambda _, t=t: mask[t : t + 1])
+        _, state = rnn(x[t : t + 1], state)
+        steps.append(state)
+    want = [torch.stack(states, 1) for states in zip(*steps)]
+    assert_same(list(got), want, rtol=1e-12, atol=1e-14)
+    weights, leaves = torch.randn_like(want[1]), [x, *start, *rnn.parameters()]
+    gradients = [
+        torch.autograd.grad((h.sum() + (weights * c).sum()), leaves, materialize_grads=True) for h, c in (got, want)
+    ]
+    assert_same(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@every_type
+def test_a_state_sequence_without_steps_or_rows(name: str) -> None:
+    _, _, I, H = SMALL
+    rnn = TYPES[name](I, H, return_state_sequence=True)
+    for T, B in ((0, 2), (3, 0)):
+        assert {s.shape for s in listed(rnn(torch.zeros(T, B, I))[1])} == {(1, T, B, H)}
+
+
+@every_type
+@pytest.mark.parametrize("zoneout", [0.0, 0.5])
+def test_hastes_inner_methods(name: str, zoneout: float) -> None:
+    """What haste's forward does, from its parts, and what its validation replaces to get the other path."""
+    T, B, I, H = SMALL
+    rnn, x = trained(TYPES[name](I, H, batch_first=True, zoneout=zoneout)), torch.rand(B, T, I)
+    torch.manual_seed(3)
+    y, state = rnn(x)
+    torch.manual_seed(3)
+    with mock.patch.object(rnn, "_is_cuda", return_value=False):
+        assert_same(rnn(x)[0], y, rtol=0, atol=0)
+    torch.manual_seed(3)
+    steps, shape = rnn._permute(x), [1, B, H]
+    start = listed(rnn._get_state(steps, None, (shape, shape) if name.endswith("LSTM") else shape))
+    assert not rnn._is_cuda()
+    assert all((s == 0).all() for s in start)
+    inner = [s[0] for s in start]
+    states = listed(rnn._impl(steps, tuple(inner) if len(inner) > 1 else inner[0], rnn._get_zoneout_mask(steps)))
+    assert_same(rnn._permute(states[0][1:]), y, rtol=1e-5, atol=1e-6)
+    assert_same([s[-1:] for s in states], listed(state), rtol=1e-5, atol=1e-6)
+    assert_same([s[:1] for s in states], start, rtol=0, atol=0)
+
+
+def test_the_other_path_is_the_reference() -> None:
+    """haste's validation replaces `_is_cuda` on a GPU; `_run` decides, so it stands in for a GPU here."""
+    rnn = haste.GRU(3, 5)
+    on_gpu = mock.Mock(is_cuda=True)
+    for is_cuda in (True, False):
+        with mock.patch.object(rnn, "_is_cuda", return_value=is_cuda):
+            run, _ = rnn._run(on_gpu, torch.empty(0, 0, 0))
+            assert run.is_script != is_cuda
+    used = []
+
+    def layer(*args: Any, **kwargs: Any) -> Any:
+        used.append(backends.forced())
+        return functional.layer(*args, **kwargs)
+
+    with mock.patch.object(haste, "functional", mock.Mock(layer=layer)):
+        run(torch.zeros(2, 1, 3), [torch.zeros(1, 1, 5)], None)
+    assert used == ["eager"]
 
 
 @every_type

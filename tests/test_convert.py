@@ -317,7 +317,8 @@ STACKS = {
     "icefall.LayerNormLSTMCell": "layers.{l}.cell.{key}",
     "icefall.LayerNormGRUCell": "layers.{l}.cell.{key}",
     "torchaudio._CustomLSTM": "lstm_layers.{l}.{key}",
-    "keras.LSTM": "{side}_lstm/lstm_cell/{key}",
+    "keras.LSTM": "{side}_lstm/{key}",
+    "tfa.LayerNormLSTMCell": "{side}_rnn/{key}",
     "haste_tf.LayerNormLSTM": "{fw}/{key}",
 }
 
@@ -336,6 +337,101 @@ def test_stacks_and_directions(name: str) -> None:
     assert (loaded.num_layers, loaded.spec.directions) == (L, D)
     x = torch.randn(4, 2, I, dtype=torch.float64)
     assert_same(loaded(x), layer(x), rtol=0, atol=1e-14)
+
+
+KERAS_NAMES = {
+    "Keras 2, without a model": ("{cell}/{variable}:0", "{side}_{kind}/{cell}_{n}/{variable}:0"),
+    "Keras 2": ("{kind}/{cell}/{variable}:0", "bidirectional/{side}_{kind}/{cell}_{n}/{variable}:0"),
+    "Keras 2, hdf5": ("{kind}/{kind}/{cell}/{variable}:0", "bidi/bidi/{side}_{kind}_7/{cell}_{n}/{variable}:0"),
+    "Keras 3": ("sequential/{kind}_1/{cell}/{variable}", "model/wrap/{side}_{kind}_1/{cell}/{variable}"),
+    "Keras 3, a chosen name": ("model/encoder/{cell}/{variable}", "wrap/{side}_encoder/{cell}/{variable}"),
+    "Keras 3, .weights.h5": ("layers/{kind}_1/cell/vars/{at}", "layers/bidirectional/{side}_layer/cell/vars/{at}"),
+    "TensorFlow 2": (
+        "layer_with_weights-1/cell/{variable}/.ATTRIBUTES/VARIABLE_VALUE",
+        "layer_with_weights-1/{side}_layer/cell/{variable}/.ATTRIBUTES/VARIABLE_VALUE",
+    ),
+    "get_weights()": ("{at}", "{all}"),
+    "get_weights() in .npz": ("arr_{at}", "arr_{all}"),
+}
+"""How variables are named, in one direction and in two; those of Keras 3 as keras 3.8.0 names them."""
+
+
+def keras_names(names: str, layer: Any, **options: Any) -> tuple[str, dict[str, Tensor]]:
+    """A format, and the layer's variables under a pattern of `KERAS_NAMES`."""
+    kind = "lstm" if layer.spec.cell == spec.LSTM else "gru"
+    D, found = layer.spec.directions, {}
+    dumped = convert.dump(f"keras.{kind.upper()}", layer, **options)
+    for d, side in enumerate(("forward", "backward")[:D]):
+        held = [variable for variable in ("kernel", "recurrent_kernel", "bias") if variable != "bias" or layer.bias]
+        for at, variable in enumerate(held):
+            value = dumped[f"{side}_{kind}/{variable}" if D == 2 else variable]
+            parts = {"kind": kind, "cell": f"{kind}_cell", "side": side, "n": d + 1, "variable": variable}
+            found[names.format(**parts, at=at, all=d * len(held) + at)] = value
+    return f"keras.{kind.upper()}", found
+
+
+@pytest.mark.parametrize("kind", KERAS_NAMES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", [festina.LSTM, festina.GRU])
+def test_variables_of_keras_by_their_real_names(make: Any, bias: bool, kind: str) -> None:
+    names = KERAS_NAMES[kind]
+    x, seeds = torch.randn(4, 2, I), {"lstm/lstm_cell/seed_generator/seed_generator_state": torch.tensor([1, 2])}
+    for bidirectional in (False, True):
+        layer = make(I, H, bias=bias, bidirectional=bidirectional)
+        layer.load_state_dict({**layer.state_dict(), **one_bias(layer)})
+        name, state = keras_names(names[bidirectional], layer)
+        other = list(state.values()) if "get_weights()" in kind else state | seeds
+        for given in (dict(reversed(state.items())), other):
+            loaded = convert.load(name, given)
+            assert loaded.spec == layer.spec
+            assert_same(loaded(x), layer(x), rtol=0, atol=0)
+
+
+def one_bias(layer: Any) -> dict[str, Tensor]:
+    """The LSTM's second bias as 0: Keras has one."""
+    is_lstm = layer.spec.cell == spec.LSTM
+    return {n: torch.zeros_like(p) for n, p in layer.named_parameters() if is_lstm and n.startswith("bias_hh")}
+
+
+def test_the_bias_of_a_keras_gru_says_where_it_resets() -> None:
+    for plan, is_after in ((norms.NONE, True), (norms.RESET_BEFORE, False)):
+        layer = festina.GRU(I, H, norm=plan)
+        nn.init.zeros_(layer.bias_hh_l0)
+        _, state = keras_names("gru/gru_cell/{variable}:0", layer, reset_after=is_after)
+        assert state["gru/gru_cell/bias:0"].dim() == 1 + is_after
+        for options in ({}, {"reset_after": is_after}, {"reset_after": None}):
+            loaded = convert.load("keras.GRU", state, **options)
+            assert loaded.norm == plan
+            assert_same(loaded(x := torch.randn(4, 2, I)), layer(x))
+        with pytest.raises(convert.ConvertError, match=rf"with reset_after={is_after}, which is another function"):
+            convert.load("keras.GRU", state, reset_after=not is_after)
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (
+            ["lstm/cell/vars/0", "lstm_1/cell/vars/0"],
+            "one Bidirectional, got those of lstm/cell, lstm_1/cell; choose a layer",
+        ),
+        (["a/forward_x/c/kernel", "b/backward_x/c/kernel"], "must be those of one layer"),
+        (["a/forward_x/c/kernel", "a/forward_x/d/kernel"], "must be those of one layer"),
+        (["forward_x/kernel", "backward_x/kernel", "dense/kernel"], "must be those of one layer"),
+        (["lstm/kernel", "lstm/vars/0"], "unknown: lstm/vars/0"),
+        (["lstm/kernel", "lstm/vars/3"], "unknown: lstm/vars/3"),
+        (["lstm/kernel", "lstm/vars/99999999"], "unknown: lstm/vars/99999999"),
+        (["lstm/kernel", "embeddings"], "unknown: embeddings"),
+        ([str(at) for at in range(5)], "must give 2 arrays, 3 with a bias, .* got 5; call it on the layer"),
+    ],
+)
+def test_variables_that_are_not_those_of_one_keras_layer(names: list[str], text: str) -> None:
+    with pytest.raises(convert.ConvertError, match=text):
+        convert.load("keras.LSTM", {name: torch.zeros(3, 20) for name in names})
+
+
+def test_a_list_is_a_misfit_elsewhere() -> None:
+    with pytest.raises(convert.ConvertError, match="unknown: 0; 1"):
+        convert.load("torch.LSTM", [np.zeros((20, 3)), np.zeros((20, 5))])
 
 
 def test_ding_stores_the_bias_of_all_layers_in_one_tensor() -> None:

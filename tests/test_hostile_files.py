@@ -23,6 +23,7 @@ import festina
 from festina import cli, convert
 from festina.convert import files
 from festina.module import PLAN_KEY, plan_tensor
+from festina.norms import HASTE
 from festina.norms import PLANS as PLANS_BY_NAME
 from festina.spec import CELLS, LayerSpec
 
@@ -371,10 +372,24 @@ PLANS = {
     "kind": '{"kind": true}',
     "reset": '{"reset": 1}',
 }
+
+
+def bits_of(text: str) -> Tensor:
+    """A text as a checkpoint holds it."""
+    return torch.from_numpy(np.unpackbits(np.frombuffer(text.encode(), np.uint8)).astype(np.float32))
+
+
 SAVED_PLANS: dict[str, Tensor] = {
     **{name: torch.tensor(list(plan.encode()), dtype=torch.uint8) for name, plan in PLANS.items()},
     "no UTF-8": torch.tensor([255, 255], dtype=torch.uint8),
-    "floats": torch.ones(4),
+    **{f"bits of {name}": bits_of(PLANS[name]) for name in ("deep field", "long", "eps nan", "unknown field")},
+    "ones": torch.ones(4),
+    "ones, as many as a plan has": torch.ones(2048),
+    "halves": torch.full((2048,), 0.5),
+    "negative": -plan_tensor(HASTE),
+    "matrix of floats": plan_tensor(HASTE).view(8, -1),
+    "complex": plan_tensor(HASTE) + 0j,
+    "a million floats": torch.zeros(1_000_000),
     "matrix": torch.ones(4, 4, dtype=torch.uint8),
     "a million bytes": torch.ones(1_000_000, dtype=torch.uint8),
 }

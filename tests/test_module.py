@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import festina
 from festina import NormPlan, functional, norms
+from festina.module import plan_tensor, saved_plan
 
 T, B, I, H = 6, 4, 3, 5
 F64: dict[str, Any] = {"dtype": torch.float64}
@@ -226,10 +227,89 @@ def test_weights_of_torch_nn_do_not_pass_for_a_normalised_layer() -> None:
 def test_a_plan_that_cannot_be_read() -> None:
     layer = festina.LayerNormLSTM(I, H)
     before = copy.deepcopy(layer.state_dict())
-    for broken in (torch.tensor(list(b'{"when": 1}'), dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8), "HASTE"):
+    for broken in (
+        torch.tensor(list(b'{"when": 1}'), dtype=torch.uint8),
+        torch.zeros(3, dtype=torch.uint8),
+        torch.full((2048,), torch.nan),
+        "HASTE",
+    ):
         with pytest.raises(RuntimeError, match=r"_extra_state must hold a norm plan .* cannot be read"):
             layer.load_state_dict({**before, "_extra_state": broken})
         assert_same(layer.state_dict(), before)
+
+
+Arithmetic = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def running_mean(decay: float) -> Arithmetic:
+    """An EMA by hand, begun at the first tensor, that takes in the two others in turn."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        value = tensors[0].clone()
+        for tensor in tensors[1:] * 50:
+            value.mul_(decay).add_(tensor, alpha=1 - decay)
+        return value
+
+    return run
+
+
+ARITHMETIC: dict[str, Arithmetic] = {
+    "mean": lambda a, b, c: torch.stack([a, b, c]).float().mean(0),
+    "weighted sum": lambda a, b, c: a * 0.5 + b * 0.3 + c * 0.2,
+    "sum of a hundred": lambda a, b, c: sum((t * 0.01 for t in [a] * 98 + [b, c]), start=torch.zeros_like(a)),
+    "lerp": lambda a, b, c: a.lerp(b, 0.3).lerp(c, 0.01),
+    "difference": lambda a, b, c: a + 0.7 * (b - c),
+    "EMA 0.9": running_mean(0.9),
+    "EMA 0.999": running_mean(0.999),
+    "EMA 0.9999": running_mean(0.9999),
+    "from zero": lambda a, b, c: (0.01 * a + 0.01 * b + 0.01 * c) / 0.03,
+}
+"""What is done with the state dicts of several models, tensor by tensor."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("arithmetic", ARITHMETIC.values(), ids=ARITHMETIC)
+def test_a_plan_outlives_arithmetic_on_state_dicts(arithmetic: Arithmetic, dtype: torch.dtype) -> None:
+    """Of equal plans; the result loads under the plan, and under no other one."""
+    dicts = [{name: value.to(dtype) for name, value in make("lstm-haste", I, H).state_dict().items()} for _ in range(3)]
+    found = {name: arithmetic(*(one[name] for one in dicts)) for name in dicts[0]}
+    layer = make("lstm-haste", I, H)
+    for state in (found, {name: value.float() for name, value in found.items()}):
+        layer.load_state_dict(state)
+        assert_same(layer.weight_ih_l0.detach(), state["weight_ih_l0"].float())
+        with pytest.raises(RuntimeError, match="saved under the norm plan HASTE"):
+            festina.LSTM(I, H, norm=norms.FASTRNNS).load_state_dict(state)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC.values(), ids=ARITHMETIC)
+@pytest.mark.parametrize(
+    "theirs", [norms.FASTRNNS, norms.HASTE.with_eps(1e-3), NormPlan(cell="readout", clip=1 / 3)], ids=str
+)
+def test_a_mixture_of_different_plans_is_refused(arithmetic: Arithmetic, theirs: NormPlan) -> None:
+    ours = norms.HASTE
+    for plans in ((ours, ours, theirs), (ours, theirs, ours)):
+        mixture = arithmetic(*map(plan_tensor, plans))
+        with pytest.raises(
+            ValueError, match=r"the values of a plan must be 0 or 1, got .* layers of one plan, with weights"
+        ):
+            saved_plan({"_extra_state": mixture}, "")
+
+
+def test_a_plan_of_bytes_loads() -> None:
+    """Checkpoints held the plan as uint8 before."""
+    layer = make("lstm-haste", I, H)
+    text = torch.tensor(list(norms.HASTE.to_json().encode()), dtype=torch.uint8)
+    layer.load_state_dict({**layer.state_dict(), "_extra_state": text})
+    with pytest.raises(RuntimeError, match="saved under the norm plan HASTE"):
+        festina.LSTM(I, H, norm=norms.FASTRNNS).load_state_dict({**layer.state_dict(), "_extra_state": text})
+
+
+def test_a_plan_lies_on_the_cpu_and_is_small() -> None:
+    with torch.device("meta"):
+        plan = festina.LayerNormLSTM(I, H).state_dict()["_extra_state"]
+    assert (plan.device.type, plan.dtype) == ("cpu", torch.float32)
+    assert {plan_tensor(plan).shape for plan in norms.PLANS.values()} == {plan.shape}
+    assert plan.nbytes <= 8192
 
 
 def test_weights_with_norms_but_no_plan() -> None:

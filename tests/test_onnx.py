@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import festina
@@ -93,6 +95,65 @@ def test_a_layer_with_lengths_runs_at_any_size(
     assert layer.training
     for lengths, T in (([4, 1, 2], 4), ([1], 1), ([3, 7, 0, 7, 5], 7)):
         assert_runs_alike(tmp_path / "layer.onnx", layer, batch(layer, T, len(lengths)), lengths=torch.tensor(lengths))
+
+
+def by_torch(is_open: bool, layer_class: Any, options: dict[str, Any], *marks: Any) -> Any:
+    name = "-".join([layer_class.__name__, *options, "open" if is_open else "fixed"])
+    return pytest.param(layer_class, options, is_open, id=name, marks=marks)
+
+
+KINDS = [
+    festina.LSTM,
+    festina.GRU,
+    festina.IndRNN,
+    festina.LayerNormLSTM,
+    festina.LayerNormGRU,
+    festina.LayerNormIndRNN,
+]
+EVERY: list[dict[str, Any]] = [{}, {"zoneout": 0.2}, {"bidirectional": True, "zoneout": 0.2}]
+
+
+@pytest.mark.parametrize(
+    ("layer_class", "options", "is_open"),
+    [
+        by_torch(False, festina.LayerNormGRU, {}),
+        by_torch(True, festina.GRU, {"zoneout": 0.2}),
+        *(by_torch(o, kind, options, pytest.mark.full) for kind in KINDS for options in EVERY for o in (False, True)),
+    ],
+)
+def test_torchs_own_export_takes_a_layer(
+    layer_class: Any, options: dict[str, Any], is_open: bool, tmp_path: Path
+) -> None:
+    """Whether it has one state or two, whether sizes are fixed or open, and though gradients are on."""
+    layer = stirred(layer_class(I, H, **options)).eval()
+    shapes = {"input": {0: Dim("T"), 1: Dim("B")}} if is_open else None
+    T, B = (3, 2) if is_open else (4, 1)
+    program = torch.onnx.export(layer, (batch(layer, T, B),), dynamo=True, verbose=False, dynamic_shapes=shapes)
+    assert program is not None
+    program.save(tmp_path / "layer.onnx")
+    for sizes in ((T, B), (5, 4)) if is_open else ((T, B),):
+        assert_runs_alike(tmp_path / "layer.onnx", layer, batch(layer, *sizes))
+
+
+class Functional(nn.Module):
+    def forward(self, input: Tensor, *parameters: Tensor) -> Any:
+        names = ("weight_ih", "weight_hh")
+        return festina.functional.layer("gru", input, dict(zip(names, parameters)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_exporter_of_torchscript_is_refused() -> None:
+    sequence, weights = torch.randn(4, 3, I), (torch.randn(3 * H, I), torch.randn(3 * H, H))
+    for module, args in (
+        (festina.LayerNormGRU(I, H), (sequence,)),
+        (nn.Sequential(festina.LSTM(I, H)), (sequence,)),
+        (festina.IndRNNCell(I, H), (sequence[0],)),
+        (Functional(), (sequence, *weights)),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"must be exported by festina\.onnx\.export.* but this is .*dynamo=False"
+        ):
+            torch.onnx.export(module, args, io.BytesIO(), dynamo=False)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._higher_order_ops.scan import scan
+from torch._C import _get_tracing_state
+from torch._higher_order_ops.scan import scan_op
 
 from festina import reference
 from festina.call import Call, Outputs
@@ -17,6 +18,23 @@ from festina.reference import State
 
 # The operator and the order of its gates, in our letters: ONNX writes iofc and zrh.
 _NATIVE = {"lstm": ("LSTM", "iofg"), "gru": ("GRU", "zrn")}
+
+
+def is_exporting() -> bool:
+    """True inside `torch.onnx.export(dynamo=True)`.
+
+    Raises:
+        RuntimeError: it is `torch.onnx.export(dynamo=False)`, the exporter of TorchScript.
+    """
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    if _get_tracing_state() is not None and torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "Festina's layers, cells and functional.layer must be exported by festina.onnx.export(module, args, path) or "
+            "torch.onnx.export(module, args, path, dynamo=True), but this is torch.onnx.export(dynamo=False), the exporter "
+            "of TorchScript, which has no operator for them"
+        )
+    return False
 
 
 def run(call: Call) -> Outputs:
@@ -59,24 +77,36 @@ def _native(call: Call) -> Outputs:
 
 
 def _scan(call: Call, d: int) -> tuple[Tensor, State]:
-    """Direction `d` of a call as a scan over its steps: output [T·B, P] and the last state."""
-    layer, p, rates = call.layer, call.of_direction(d), (call.zoneout, call.zoneout_cell)
-    B = call.h_0.shape[1]
-    x = reference.input_product(layer, call.input, p)
-    given = {
-        "x": x.view(-1, B, *x.shape[1:]),
-        "is_active": call.is_active,
-        "resets": None if call.resets is None else call.resets[d].view(-1, B),
-    }
+    """Direction `d` of a call as a scan over its steps: output [T·B, P] and the last state.
 
-    def step(state: State, here: dict[str, Tensor]) -> tuple[State, Tensor]:
-        new = reference.step(layer, here["x"], state, p, resets=here.get("resets"), masks=(None, None), rates=rates)
+    Everything is detached, since an export has no gradients and `scan` with gradients fails where T is open. And `scan_op` is
+    called itself, with all that a step reads: the function `scan` would trace the step by itself first, take each size for
+    open, G too, and fail.
+    """
+    layer, rates = call.layer, (call.zoneout, call.zoneout_cell)
+    p = {name: value.detach() for name, value in call.of_direction(d).items()}
+    B = call.h_0.shape[1]
+    x = reference.input_product(layer, call.input.detach(), p)
+    xs = {"x": x.view(-1, B, *x.shape[1:])}
+    if call.is_active is not None:
+        xs["is_active"] = call.is_active
+    if call.resets is not None:
+        xs["resets"] = call.resets[d].view(-1, B)
+    initial = [state[d].detach().clone() for state in call.state]
+    initial[1:] = [reference.wide(c) for c in initial[1:]]
+    last = len(initial), len(initial) + len(xs)
+
+    def step(*given: Tensor) -> list[Tensor]:
+        state, here = given[: last[0]], dict(zip(xs, given[last[0] : last[1]]))
+        held = dict(zip(p, given[last[1] :], strict=True))
+        new = reference.step(layer, here["x"], state, held, resets=here.get("resets"), masks=(None, None), rates=rates)
         if "is_active" not in here:
-            return new, new[0].clone()
+            return [*new, new[0].clone()]
         is_active = here["is_active"].unsqueeze(1)
         new = tuple(torch.where(is_active, now, was) for now, was in zip(new, state))
-        return new, torch.where(is_active, new[0], torch.zeros_like(new[0]))
+        return [*new, torch.where(is_active, new[0], torch.zeros_like(new[0]))]
 
-    initial = (call.h_0[d].clone(), *(reference.wide(c[d].clone()) for c in call.state[1:]))
-    state, output = scan(step, initial, {name: t for name, t in given.items() if t is not None}, reverse=d == 1)
-    return output.view(-1, output.shape[2]), state
+    steps = [value.flip(0) if d else value for value in xs.values()]
+    *state, output = scan_op(step, initial, steps, tuple(p.values()))
+    output = output.flip(0) if d else output
+    return output.view(-1, output.shape[2]), tuple(state)

@@ -10,13 +10,14 @@ alone, `lengths` leaves the output unmasked. `convert.load("haste.LSTM", state_d
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from festina import functional
+from festina import backends, functional, reference
 from festina.checks import Lengths, check_forget_bias, check_lengths, is_rate
 from festina.convert import haste as tables
 from festina.convert.engine import Table, assemble, disassemble, specialise
@@ -114,39 +115,76 @@ class _Layer(nn.Module):
 
         Returns:
             output `[T, B, H]`, or `[B, T, H]`, and h_n `[1, B, H]`, for the LSTMs (h_n, c_n). Under return_state_sequence the
-            state after every step, `[1, T, B, H]` or `[1, B, T, H]`, regardless of lengths; an LSTM then runs one step per
-            call.
+            state after every step, `[1, T, B, H]` or `[1, B, T, H]`, regardless of lengths.
 
         Raises:
             ValueError: the state has a wrong structure or shape.
         """
-        steps = input.transpose(0, 1) if self.batch_first else input
-        T, B = steps.shape[:2]
+        steps = self._permute(input)
+        B = steps.shape[1]
         shape = [1, B, self.hidden_size]
         wanted = (shape, shape) if len(self._spec.cell.states) > 1 else shape
-        if state is None:
-            start: list[Tensor] = [steps.new_zeros(shape) for _ in self._spec.cell.states]
+        start = _listed(self._get_state(steps, state, wanted))
+        zoneout_mask = self._get_zoneout_mask(steps) if self.training else steps.new_empty(0, 0, 0)
+
+        if self.return_state_sequence:
+            states = _listed(self._impl(steps, _as_given([s[0] for s in start]), zoneout_mask))
+            output = states[0][1:]
+            return self._permute(output), _as_given([self._permute(s[1:]).unsqueeze(0) for s in states])
+        run, mask = self._run(steps, zoneout_mask)
+        if lengths is None:
+            output, states = run(steps, start, mask)
         else:
-            start = _validated(state, wanted)
-        mask = None
-        if self.zoneout and self.training:  # haste draws the inverse mask, before DropConnect
-            mask = steps.new_empty(T, B, self.hidden_size).bernoulli_(1.0 - self.zoneout) == 0
+            output, states = run.with_states_at(check_lengths(torch.as_tensor(lengths).cpu(), B), steps, start, mask)
+        return self._permute(output), _as_given(states)
+
+    def _run(self, steps: Tensor, zoneout_mask: Tensor) -> tuple[_Run, Tensor | None]:
+        """What runs the layer, with one mask of DropConnect, and Festina's mask of Zoneout from haste's, its inverse."""
         changed = {}
         if self.dropout:
             changed["recurrent_kernel"] = F.dropout(self.get_parameter("recurrent_kernel"), self.dropout, self.training)
-        run = _Run(self._spec, self._ours(**changed), self.zoneout)
+        mask = zoneout_mask == 0 if self.zoneout and self.training else None
+        is_script = steps.is_cuda and not self._is_cuda()
+        return _Run(self._spec, self._ours(**changed), self.zoneout, is_script), mask
 
-        if self.return_state_sequence:
-            output, states = run.with_every_state(steps, start, mask)
-        elif lengths is not None:
-            output, states = run.with_states_at(check_lengths(torch.as_tensor(lengths).cpu(), B), steps, start, mask)
-        else:
-            output, states = run(steps, start, mask)
-        if self.batch_first:
-            output = output.transpose(0, 1)
-            if self.return_state_sequence:
-                states = [s.transpose(1, 2) for s in states]
-        return output, states[0] if len(states) == 1 else (states[0], states[1])
+    # The inner methods of haste's layers that haste's validation and code derived from the layers call or replace.
+
+    def _is_cuda(self) -> bool:
+        """True if the parameters are on a CUDA device. haste's validation replaces it by False there to get haste's other path,
+        in TorchScript; here that is the backend `eager`.
+        """
+        on_cuda = [parameter.is_cuda for parameter in self.parameters()]
+        if any(on_cuda) and not all(on_cuda):
+            raise ValueError("RNN tensors should all be CUDA tensors or none should be CUDA tensors")
+        return any(on_cuda)
+
+    def _permute(self, x: Tensor) -> Tensor:
+        """Exchange T and B under batch_first."""
+        return x.transpose(0, 1) if self.batch_first else x
+
+    def _get_state(self, input: Tensor, state: State | None, state_shape: list[int] | tuple[list[int], ...]) -> State:
+        """The state, which must have this shape, or zeros.
+
+        Raises:
+            ValueError: the state has a wrong structure or shape.
+        """
+        if state is None:
+            shapes = state_shape if isinstance(state_shape, tuple) else (state_shape,)
+            return _as_given([input.new_zeros(shape) for shape in shapes])
+        return _as_given(_validated(state, state_shape))
+
+    def _get_zoneout_mask(self, input: Tensor) -> Tensor:
+        """`[T, B, H]`, 0 where h keeps its old value at rate `zoneout`, 1 elsewhere; empty without Zoneout."""
+        if not self.zoneout:
+            return input.new_empty(0, 0, 0)
+        return input.new_empty(*input.shape[:2], self.hidden_size).bernoulli_(1.0 - self.zoneout)
+
+    def _impl(self, input: Tensor, state: State, zoneout_mask: Tensor) -> State:
+        """From input `[T, B, I]`, the states `[B, H]` and `_get_zoneout_mask`'s mask, which only training reads, to the states
+        before and after every step: h `[T + 1, B, H]`, for the LSTMs (h, c).
+        """
+        run, mask = self._run(input, zoneout_mask)
+        return _as_given(run.with_every_state(input, [s.unsqueeze(0) for s in _listed(state)], mask))
 
     def extra_repr(self) -> str:
         options = {"batch_first": False, "dropout": 0.0, "zoneout": 0.0, "return_state_sequence": False}
@@ -157,37 +195,46 @@ class _Layer(nn.Module):
 class _Run:
     """One forward call: runs the layer, with its parameters and rate, over any part of the steps."""
 
-    def __init__(self, spec: LayerSpec, parameters: dict[str, Tensor], zoneout: float) -> None:
-        self.spec, self.parameters, self.zoneout = spec, parameters, zoneout
+    def __init__(self, spec: LayerSpec, parameters: dict[str, Tensor], zoneout: float, is_script: bool) -> None:
+        self.spec, self.parameters, self.zoneout, self.is_script = spec, parameters, zoneout, is_script
 
     def __call__(
         self, steps: Tensor, start: list[Tensor], mask: Tensor | None, lengths: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Output `[T, B, H]` and final states `[1, B, H]`."""
-        output, last = functional.layer(
-            self.spec.cell.name,
-            steps,
-            self.parameters,
-            (start[0], start[1]) if len(start) > 1 else start[0],
-            norm=self.spec.plan,
-            lengths=lengths,
-            zoneout=self.zoneout,
-            zoneout_mask=None if mask is None else mask.unsqueeze(0),
-        )
-        return cast(Tensor, output), list(last) if isinstance(last, tuple) else [last]
+        with backends.use("eager") if self.is_script else nullcontext():
+            output, last = functional.layer(
+                self.spec.cell.name,
+                steps,
+                self.parameters,
+                _as_given(start),
+                norm=self.spec.plan,
+                lengths=lengths,
+                zoneout=self.zoneout,
+                zoneout_mask=None if mask is None else mask.unsqueeze(0),
+            )
+        return cast(Tensor, output), _listed(last)
 
-    def with_every_state(self, steps: Tensor, start: list[Tensor], mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Output, and the states after every step `[1, T, B, H]`. h is the output; c is available only after a call."""
-        if len(start) == 1:
-            output, _ = self(steps, start, mask)
-            return output, [output.unsqueeze(0)]
-        outputs, cells = [], []
-        for t in range(len(steps)):
-            output, start = self(steps[t : t + 1], start, None if mask is None else mask[t : t + 1])
-            outputs.append(output)
-            cells.append(start[1])
-        output = torch.cat(outputs)
-        return output, [output.unsqueeze(0), torch.stack(cells, 1)]
+    def with_every_state(self, steps: Tensor, start: list[Tensor], mask: Tensor | None) -> list[Tensor]:
+        """The states before and after every step `[T + 1, B, H]`.
+
+        h is the output. Once it is known, the gates of all steps follow from it at once, and then c, which haste neither
+        normalises nor subjects to Zoneout.
+        """
+        output, _ = self(steps, start, mask)
+        h = torch.cat([start[0], output])
+        T, B = steps.shape[:2]
+        if len(start) == 1 or not T * B:
+            return [h, *(c.expand(T + 1, -1, -1) for c in start[1:])]
+        before = h[:-1].flatten(0, 1)
+        x = reference.input_product(self.spec, steps.flatten(0, 1), self.parameters)
+        product = reference.recurrent_product(self.spec, before, self.parameters)
+        pre = reference.pre_activations(self.spec, x, product, self.parameters)
+        kept, added = (gate.view(T, B, -1).split(1) for gate in reference.lstm_gates(pre))
+        c = [reference.wide(start[1])]
+        for f, u in zip(kept, added):
+            c.append(torch.addcmul(u, f, c[-1]))
+        return [h, torch.cat(c).to(h.dtype)]
 
     def with_states_at(
         self, lengths: Tensor, steps: Tensor, start: list[Tensor], mask: Tensor | None
@@ -209,13 +256,22 @@ class _Run:
         return head + rotated(tail, -lengths), states
 
 
+def _listed(state: State) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else list(state)
+
+
+def _as_given(states: list[Tensor]) -> State:
+    """The states as haste gives and takes them."""
+    return states[0] if len(states) == 1 else (states[0], states[1])
+
+
 def _validated(state: State, wanted: list[int] | tuple[list[int], ...]) -> list[Tensor]:
     """The states as a list.
 
     Raises:
         ValueError: the structure, the number of axes or a size differs from `wanted`.
     """
-    given = list(state) if isinstance(state, (tuple, list)) else [state]
+    given = _listed(state)
     shapes = list(wanted) if isinstance(wanted, tuple) else [wanted]
     if isinstance(state, (tuple, list)) != isinstance(wanted, tuple) or len(given) != len(shapes):
         raise ValueError(f"RNN state has invalid structure; expected {wanted}")

@@ -111,7 +111,13 @@ def _check_option(name: str, option: str, value: Any, kind: Any) -> None:
     """
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not {float: is_number, float | None: is_number or value is None}.get(kind, isinstance(value, kind)):
-        wanted = {float: "a number", float | None: "a number or None", bool: "True or False", str: "a text"}[kind]
+        wanted = {
+            float: "a number",
+            float | None: "a number or None",
+            bool: "True or False",
+            bool | None: "True, False or None",
+            str: "a text",
+        }[kind]
         raise TypeError(f"{option} of {name} must be {wanted}, got {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{option} of {name} must be finite, got {value}")
@@ -119,7 +125,7 @@ def _check_option(name: str, option: str, value: Any, kind: Any) -> None:
 
 def load(
     name: str,
-    state_dict: Mapping[str, Any],
+    state_dict: Mapping[str, Any] | Sequence[Any],
     *,
     prefix: str = "",
     batch_first: bool = False,
@@ -135,7 +141,8 @@ def load(
     Args:
         name: the format, one of `names()`.
         state_dict: torch tensors or NumPy arrays under the names of the project's checkpoint; TensorFlow's suffix `:0` is
-            ignored. The layer takes their dtype (of several the widest) and device.
+            ignored. The layer takes their dtype (of several the widest) and device. Of Keras also a list of arrays, as
+            `get_weights()` of one layer gives it.
         prefix: read only the names that start with it, and remove it: `encoder.rnn.`.
         batch_first, dropout, zoneout, zoneout_cell, dropconnect: as in `festina.LSTM`; no checkpoint holds them.
         allow_nonfinite: take weights that are NaN or infinite, which make outputs NaN; otherwise they are an error.
@@ -155,9 +162,10 @@ def load(
     """
     check_flags(allow_nonfinite=allow_nonfinite)
     made = table(name, **options)
+    named = state_dict if isinstance(state_dict, Mapping) else {str(at): value for at, value in enumerate(state_dict)}
     found = {
         key.removeprefix(prefix).removesuffix(":0"): _tensor(key, value)
-        for key, value in state_dict.items()
+        for key, value in named.items()
         if key.startswith(prefix)
     }
     try:

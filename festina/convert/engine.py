@@ -39,6 +39,8 @@ class Table:
             matches the most names, `write` the first one that distinguishes all layers and directions.
         aliases: other spellings of names in `keys`.
         stacked: names of tensors that hold all layers along a first axis; in `keys` their names end in `.{l}`.
+        adapt: for names with parts that the user or the project chooses, and for tensors that tell variants apart: from the
+            table and a state dict to the variant's table and the state dict under its names.
     """
 
     cell: CellSpec
@@ -48,6 +50,7 @@ class Table:
     scopes: tuple[str, ...] = ("{key}",)
     aliases: Mapping[str, str] = field(default_factory=dict)
     stacked: tuple[str, ...] = ()
+    adapt: Callable[[Table, dict[str, Tensor]], tuple[Table, dict[str, Tensor]]] | None = None
 
     def layouts(self, present: Callable[[str], bool]) -> dict[str, Layout]:
         """The layout of each tensor by name; of the optional ones, those that are `present`."""
@@ -81,6 +84,8 @@ def read(
         ConvertError: names are missing or unknown, or shapes are wrong; the error lists all of them.
     """
     state = dict(state)
+    if table.adapt is not None:
+        table, state = table.adapt(table, state)
     plan = table.plan
     if plan is None:
         plan = table.cell.named(_own_plan(table, state))
