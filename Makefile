@@ -4,6 +4,7 @@
 # PYTHON=python3.12 make test     another Python (3.10 or later)
 # make test-torch TORCH=2.10      another PyTorch (2.10 or later)
 # make test-triton TRITON=3.6.0   kernels compiled by another Triton; without TRITON=, by the oldest that is served
+# make test-ecosystem             models of other libraries on Festina's layers; their packages take 1.2 GB
 # make demo ARGS="--steps 200"    arguments for the program behind a target
 # make fuzz SECONDS=600           how long to fuzz, or to soak
 #
@@ -34,11 +35,12 @@ endif
 SECONDS ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help setup info demo bench test sanitize fuzz mutants soak test-torch test-triton lint format wheel clean distclean
+.PHONY: help setup info demo bench test sanitize fuzz mutants soak test-torch test-triton test-ecosystem lint format wheel \
+  clean distclean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,10s/^# \{0,1\}//p' Makefile
+	@sed -n '1,11s/^# \{0,1\}//p' Makefile
 
 # Three stamps, so that a change costs only what it must: the environment, torch, and festina with its tools.
 $(VENV)/.made:
@@ -132,6 +134,27 @@ $(VENV)/triton-$(TRITON)/.made: $(VENV)/.made
 	$(PY) -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$(TRITON)
 	@touch $@
 
+# Other libraries, in an environment that sees the usual one's packages. Each is installed on its own: one that does not go
+# with this Python and torch is named, and its tests are skipped. A file per worker, as the libraries take long to import.
+ECOSYSTEM := $(VENV)-ecosystem
+LIBRARIES := tests/ecosystem/libraries.txt
+
+test-ecosystem: $(ECOSYSTEM)/.installed
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(ECOSYSTEM)/bin/python -m pytest --numprocesses $(JOBS) --dist loadfile \
+	  --disable-warnings $(ARGS) tests/ecosystem
+
+$(ECOSYSTEM)/.installed: $(VENV)/.installed $(LIBRARIES)
+	$(PY) -m venv --clear --without-pip $(ECOSYSTEM)
+	@usual=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  own=$$($(ECOSYSTEM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$usual')" > "$$own/usual.pth"
+	@for library in $$(sed 's/#.*//' $(LIBRARIES)); do \
+	  echo "installing $$library"; \
+	  $(ECOSYSTEM)/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt "$$library" || \
+	    echo "$$library does not install here: its tests will be skipped"; \
+	done
+	@touch $@
+
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -152,4 +175,4 @@ clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ECOSYSTEM)

@@ -1,4 +1,4 @@
-"""The tests named in docs/compatibility.md exist; docs/environment.md is the table of the variables that are read."""
+"""docs/compatibility.md names tests and versions that there are, docs/environment.md the variables that are read."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ def test_the_tests_that_the_table_names_exist() -> None:
     assert len(named) > 25
     missing = [f"{file}::{name}" for file, name in named if f"def {name}(" not in (ROOT / "tests" / file).read_text()]
     assert not missing
+
+
+def test_the_table_of_libraries_has_the_versions_that_are_tested() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text().partition("## Libraries")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([a-z][\w-]+) ([\d.]+) \|", page, re.MULTILINE)
+    files = "tests/ecosystem/libraries.txt", "constraints.txt"
+    pinned = [re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / file).read_text(), re.MULTILINE) for file in files]
+    assert rows == [*pinned[0], *(pin for pin in pinned[1] if pin[0] == "lightning")]
 
 
 def test_the_table_of_environment_variables_is_the_list_that_is_read() -> None:
