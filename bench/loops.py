@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         symbol, context, state = torch.zeros(32, dtype=torch.long), self.encoded.mean(1), None
         losses = []
         for _ in range(30):
-            h, c = state = self.cell(torch.cat([self.embed(symbol), context], -1), state)
+            h, _ = state = self.cell(torch.cat([self.embed(symbol), context], -1), state)
             weights = torch.einsum("bte,be->bt", self.encoded, self.query(h)).softmax(-1)
             context = torch.einsum("bt,bte->be", weights, self.encoded)
             logits = self.out(torch.cat([h, context], -1))
@@ -152,11 +152,11 @@ def contestants(kind: type[nn.Module]) -> dict[str, Callable[[], Tensor]]:
     festina.replace(ours)
     festina.replace(normalised, norms.HASTE)
     found = {"torch.nn": step(theirs), "festina": step(ours), "festina, normalised": step(normalised)}
-    for work in (found["torch.nn"], found["festina"]):
+    losses = []
+    for who in ("festina", "torch.nn"):
         torch.manual_seed(1)
-        first = [work() for _ in range(3)]
-        want = first if work is found["torch.nn"] else want
-        torch.testing.assert_close(torch.stack(first), torch.stack(want), rtol=1e-4, atol=1e-5)
+        losses.append(torch.stack([found[who]() for _ in range(3)]))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     return found
 
 
