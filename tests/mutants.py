@@ -474,8 +474,8 @@ MUTANTS: list[Mutant] = [
     python(
         "module: Zoneout's masks have the rate of what is replaced",
         "module.py",
-        ".bernoulli_(rate)",
-        ".bernoulli_(1 - rate)",
+        "device=steps.device), rate)",
+        "device=steps.device), 1 - rate)",
         "tests/test_module.py",
     ),
     python(
