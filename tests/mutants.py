@@ -516,7 +516,7 @@ MUTANTS: list[Mutant] = [
     python(
         "sequences: a cut beyond a row's end counts",
         "sequences.py",
-        "resets = resets & (torch.arange(len(resets)).unsqueeze(1) < lengths).to(resets.device)",
+        "resets = resets & (steps.unsqueeze(1) < lengths).to(resets.device)",
         "pass",
         "tests/test_properties.py",
     ),
