@@ -10,8 +10,6 @@ The contestants take turns in one process. A ratio is Festina's time divided by 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -20,6 +18,7 @@ from torch import Tensor
 
 import festina
 from festina import norms
+from festina.cli.measure import Work, race
 
 Parameters = dict[str, Tensor]
 State = tuple[Tensor, ...]
@@ -86,17 +85,9 @@ ORIGINS: dict[str, tuple[type[festina.LSTM] | type[festina.GRU], norms.NormPlan,
 """A layer, its plan, and the step of the project that the plan comes from."""
 
 
-def ratio(ours: Callable[[], Tensor], theirs: Callable[[], Tensor], seconds: float) -> float:
+def ratio(ours: Work, theirs: Work, seconds: float) -> float:
     """The median of paired rounds."""
-    found, end = [], time.perf_counter() + seconds
-    while len(found) < 3 or time.perf_counter() < end:
-        times = []
-        for work in (ours, theirs):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        found.append(times[0] / times[1])
-    return statistics.median(found)
+    return race({"ours": ours, "theirs": theirs}, seconds).ratio["theirs"].median
 
 
 def ratios(

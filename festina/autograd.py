@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
-from torch._C._functorch import is_legacy_batchedtensor
 
 from festina import backends, ops, transforms
 from festina.backends.eager import EAGER, gradients
@@ -55,9 +55,7 @@ class _Recurrence(torch.autograd.Function):
             zoneout_cell=ctx.rates[1],
         )
         kind = (ctx.backend, call, rest[inputs], rest[inputs + 1 :], wanted, ctx.watched)
-        if any(d is not None and is_legacy_batchedtensor(d) for d in d_outputs):
-            return (None, None, None, *one_by_one(lambda one: _differentiate(*kind, one), d_outputs))
-        return (None, None, None, *_differentiate(*kind, d_outputs))
+        return (None, None, None, *one_by_one(partial(_differentiate, *kind), d_outputs))
 
 
 def _differentiate(

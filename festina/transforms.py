@@ -57,7 +57,9 @@ def backward(
 
 def one_by_one(differentiate: Callable[[Gradients], Gradients], d_outputs: Gradients) -> Gradients:
     """`differentiate` for each of the gradients that `is_grads_batched` and `vectorize=True` of `torch.autograd` hand over at
-    once, as tensors of PyTorch's older vmap, which has no rule for our kernels."""
+    once, as tensors of PyTorch's older vmap, which has no rule for our kernels; for `d_outputs` themselves if they are none."""
+    if not any(d is not None and is_legacy_batchedtensor(d) for d in d_outputs):
+        return differentiate(d_outputs)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     V = max(torch._remove_batch_dim(d, level, 1, 0).shape[0] for d in d_outputs if d is not None)
@@ -187,9 +189,7 @@ class _Forward(torch.autograd.Function):
                 return _gradients(call, call.tensors(), d_outputs, wanted)
             return backward(backend, call, output, saved, d_outputs, wanted)
 
-        is_many = any(d is not None and is_legacy_batchedtensor(d) for d in d_outputs)
-        found = one_by_one(differentiate, d_outputs) if is_many else differentiate(d_outputs)
-        return (*(None for _ in range(1 + _AROUND)), *found)
+        return (*(None for _ in range(1 + _AROUND)), *one_by_one(differentiate, d_outputs))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], is_training: bool, *arguments: Any) -> tuple[Any, Any]:

@@ -10,6 +10,16 @@ from torch import Tensor, nn
 import festina
 from festina import NormPlan, norms
 
+LAYERS = [
+    festina.LSTM,
+    festina.GRU,
+    festina.IndRNN,
+    festina.LayerNormLSTM,
+    festina.LayerNormGRU,
+    festina.LayerNormIndRNN,
+]
+"""Every class of layers."""
+
 RMS = NormPlan("separate", groups="gate", cell="carried", kind="rms")
 """A plan without a name: each gate is normalised alone, without subtracting the mean."""
 

@@ -10,21 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from samples import VARIANTS, assert_same, make
+from samples import LAYERS, VARIANTS, assert_same, make
 from torch import nn
 
 import festina
 from festina import backends, functional, norms, ops
 
 T, B, I, H = 4, 2, 3, 5
-LAYERS = [
-    festina.LSTM,
-    festina.GRU,
-    festina.IndRNN,
-    festina.LayerNormLSTM,
-    festina.LayerNormGRU,
-    festina.LayerNormIndRNN,
-]
 CELLS = [layer.cell_class for layer in LAYERS]
 
 CONSTRUCTION: list[tuple[dict[str, Any], type[Exception], str]] = [

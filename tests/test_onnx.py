@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
@@ -102,14 +103,6 @@ def by_torch(is_open: bool, layer_class: Any, options: dict[str, Any], *marks: A
     return pytest.param(layer_class, options, is_open, id=name, marks=marks)
 
 
-KINDS = [
-    festina.LSTM,
-    festina.GRU,
-    festina.IndRNN,
-    festina.LayerNormLSTM,
-    festina.LayerNormGRU,
-    festina.LayerNormIndRNN,
-]
 EVERY: list[dict[str, Any]] = [{}, {"zoneout": 0.2}, {"bidirectional": True, "zoneout": 0.2}]
 
 
@@ -118,7 +111,12 @@ EVERY: list[dict[str, Any]] = [{}, {"zoneout": 0.2}, {"bidirectional": True, "zo
     [
         by_torch(False, festina.LayerNormGRU, {}),
         by_torch(True, festina.GRU, {"zoneout": 0.2}),
-        *(by_torch(o, kind, options, pytest.mark.full) for kind in KINDS for options in EVERY for o in (False, True)),
+        *(
+            by_torch(o, kind, options, pytest.mark.full)
+            for kind in samples.LAYERS
+            for options in EVERY
+            for o in (False, True)
+        ),
     ],
 )
 def test_torchs_own_export_takes_a_layer(

@@ -26,7 +26,7 @@ from festina.layers import Recurrent
 
 T, B, I, H = 5, 3, 4, 6
 
-LAYERS = [
+LAYERS: list[tuple[Any, Any]] = [
     (nn.LSTM, festina.LSTM),
     (nn.LSTM, festina.LayerNormLSTM),
     (nn.GRU, festina.GRU),
@@ -34,14 +34,8 @@ LAYERS = [
     (nn.RNNBase, festina.IndRNN),
     (nn.RNNBase, festina.LayerNormIndRNN),
 ]
-CELLS = [
-    (nn.LSTMCell, festina.LSTMCell),
-    (nn.LSTMCell, festina.LayerNormLSTMCell),
-    (nn.GRUCell, festina.GRUCell),
-    (nn.GRUCell, festina.LayerNormGRUCell),
-    (nn.RNNCellBase, festina.IndRNNCell),
-    (nn.RNNCellBase, festina.LayerNormIndRNNCell),
-]
+CELL_OF = {nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell, nn.RNNBase: nn.RNNCellBase}
+CELLS = [(CELL_OF[theirs], ours.cell_class) for theirs, ours in LAYERS]
 PLAIN_LAYERS, PLAIN_CELLS = LAYERS[:4:2], CELLS[:4:2]
 
 
