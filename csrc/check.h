@@ -68,8 +68,6 @@ inline int check_sizes(const FestinaCall& call, const Kind& kind) {
   CHECK_RANGE(has_zoneout_cell, 0, 1)
   CHECK_RANGE(has_panels, 0, 1)
 #undef CHECK_RANGE
-  if (call.has_panels && call.pass != FESTINA_INFERENCE)  // training saves what it finds while it fills them
-    return fail("has_panels must be 0 in %s, got 1", name_of("pass", call.pass));
   if (!(call.eps >= 0 && call.eps <= __DBL_MAX__)) return fail("eps must be finite and at least 0, got %g", call.eps);
   if (!(call.clip >= 0 && call.clip <= __DBL_MAX__)) return fail("clip must be finite and at least 0, got %g", call.clip);
   if (call.clip != 0 && !kind.has_c)

@@ -13,7 +13,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-#define FESTINA_VERSION 8
+#define FESTINA_VERSION 9
 #define FESTINA_MOST_THREADS 256
 #define FESTINA_MOST_SIZE (INT64_C(1) << 40)  /* of T, B, I, H, P and N, each */
 #define FESTINA_MOST_BYTES (INT64_C(1) << 62) /* of all tensors and buffers of a call together */
@@ -112,7 +112,7 @@ extern "C" {
   FIELD(void*, h_n)                /* [D, B, P] */                                                                     \
   FIELD(void*, c_n)                /* [D, B, H] */                                                                     \
   FIELD(void*, panels)             /* weights in the order in which the kernels of the pass read them */               \
-  FIELD(int64_t, has_panels)       /* inference: an earlier call with the same parameters has filled `panels` */       \
+  FIELD(int64_t, has_panels)       /* an earlier call has filled `panels`: see below */                                 \
   FIELD(void*, saved)              /* written by training, read by backward */                                         \
   FIELD(void*, workspace)                                                                                              \
   FIELD(const void*, d_output)                                                                                         \
@@ -183,7 +183,10 @@ const char* festina_layout(void);
 
    A pass needs input, h_0 and output, panels and workspace, weight_ih and weight_hh of each direction, c_0 for a cell with a c;
    besides these inference h_n and c_n, training h_n, c_n and saved, backward saved. The rest may be null; the gradient of a
-   parameter that is null has to be. */
+   parameter that is null has to be.
+
+   Panels depend on the layer and its parameters alone. Inference and training fill the same, backward others, those of weight_ih
+   only if d_input is wanted. With has_panels, they must have been filled from the parameters that the call has. */
 
 /* How many bytes the call needs; of the pointers only those of parameters and gradients count (null or not).
    FESTINA_OK or FESTINA_ERROR. */

@@ -86,7 +86,7 @@ template <class E> struct Core {
 
   bool wait(long workers) const { return common.barriers[0].wait(workers); }
 
-  Means<E> means(long d) const { return call.pass == FESTINA_BACKWARD ? backward[d].saved.means : forward[d].means; }
+  Means<E> means(long d) const { return call.pass == FESTINA_BACKWARD ? backward[d].saved.means : forward[d].panels.means; }
 
   Weight<E> weight(long d, int which) const {
     const void* const* p = call.parameters[d];
@@ -138,8 +138,18 @@ template <class E> struct Core {
     wait(workers);
   }
 
+  // Backward finds the means with what training has saved: by then the panels may be gone.
+  void save_means(long worker, long workers) const {
+    for (long d = worker; s.is_centred && d < s.directions; d += workers) {
+      Means<E> from = forward[d].panels.means, to = forward[d].saved.means;
+      __builtin_memcpy(to.input, from.input, s.groups * s.I * sizeof(E));
+      if (from.recurrent) __builtin_memcpy(to.recurrent, from.recurrent, s.groups * s.P * sizeof(E));
+    }
+  }
+
   void run_forward(const ThreadMemory& memory, const Part& part, long worker, long workers) const {
     if (!call.has_panels) fill_forward_panels(worker, workers);
+    if (call.pass == FESTINA_TRAINING) save_means(worker, workers);
     bool is_ended = part.is_idle;
     for (long d = part.direction; !is_ended && d < part.end_direction; ++d)
       is_ended = Forward<E>(call, s, kernels, part, memory.scratch, forward[d], common.starts, d).run();
@@ -167,7 +177,7 @@ template <class E> struct Core {
         E* vectors = thread_memory(w).d_vectors[d];
         for (long i = 0; i < vector_count(); ++i) vectors[i] = 0;
       }
-    fill_backward_panels(worker, workers);
+    if (!call.has_panels) fill_backward_panels(worker, workers);
     wait(workers);
     E* collected[FESTINA_MOST_THREADS][2];
     for (long w = 0; w < s.threads; ++w)

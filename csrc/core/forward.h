@@ -11,7 +11,6 @@ template <class E> struct ForwardBuffers {
   Saved<E> saved;
   Blocked<E> h[2], c[2], unprojected;
   Blocked<E> v[2];  // inference: products of the steps at hand
-  Means<E> means;
 };
 
 template <class E>
@@ -20,9 +19,8 @@ ForwardBuffers<E> take_forward(Arena& arena, Arena& panels, Arena& saved, const 
   b.panels = take_panels<E>(panels, s);
   if (call.pass == FESTINA_TRAINING) {
     b.saved = take_saved<E>(saved, s, call.has_zoneout_cell);
-    b.v[0] = b.saved.v[0], b.v[1] = b.saved.v[1], b.means = b.saved.means;
+    b.v[0] = b.saved.v[0], b.v[1] = b.saved.v[1];
   } else {
-    b.means = take_means<E>(arena, s);
     b.v[0] = arena.take_blocked<E>(s.columns(), s.product_buffer_rows());
     if (s.traits.sides == 2) b.v[1] = arena.take_blocked<E>(s.columns(), s.B);
   }

@@ -124,12 +124,24 @@ template <class E> INLINE E& vector_at(E* vectors, int which, long j) {
   return vectors[(j / chunk<E> * vectors_a_chunk + which) * chunk<E> + j % chunk<E>];
 }
 
+// Means over the rows of weight_ih and weight_hh that share statistics: [groups, columns of the weight].
+template <class E> struct Means {
+  E *input, *recurrent;
+};
+
+template <class E> Means<E> take_means(Arena& arena, const Shape& s) {
+  if (!s.is_centred) return {};
+  E* input = arena.take<E>(s.groups * s.I);
+  return {input, s.traits.is_diagonal ? nullptr : arena.take<E>(s.groups * s.P)};
+}
+
 // The weights of one direction in the order in which the kernels read them: [chunk of columns][row][column within the chunk],
 // or of pairs [chunk of columns][two rows][column within the chunk][which row].
 template <class E> struct Panels {
   E *input, *recurrent, *projection;
   E* vectors;   // [H_chunks, vectors_a_chunk, chunk], zero past H
   E* inner[2];  // of each side, [columns, chunk]: what is added to the product before its norm
+  Means<E> means;  // forward: what the weights were centred by
 };
 
 template <class E> Panels<E> take_vectors(Arena& arena, const Shape& s) {
@@ -144,18 +156,8 @@ template <class E> Panels<E> take_panels(Arena& arena, const Shape& s) {
   p.input = arena.take<E>(s.columns() * s.depth(s.I) * chunk<E>);
   if (!s.traits.is_diagonal) p.recurrent = arena.take<E>(s.columns() * s.depth(s.P) * chunk<E>);
   if (s.is_projected) p.projection = arena.take<E>(s.P_chunks * s.H * chunk<E>);
+  p.means = take_means<E>(arena, s);
   return p;
-}
-
-// Means over the rows of weight_ih and weight_hh that share statistics: [groups, columns of the weight].
-template <class E> struct Means {
-  E *input, *recurrent;
-};
-
-template <class E> Means<E> take_means(Arena& arena, const Shape& s) {
-  if (!s.is_centred) return {};
-  E* input = arena.take<E>(s.groups * s.I);
-  return {input, s.traits.is_diagonal ? nullptr : arena.take<E>(s.groups * s.P)};
 }
 
 // What training saves for backward, of one direction; rows are packed steps.

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +14,14 @@ from torch._C import _is_any_autocast_enabled
 from festina.backends.cpu import abi
 from festina.backends.cpu.memory import POOL
 from festina.backends.cpu.plans import (
-    bind,
+    Plan,
     carry_out,
-    give,
+    fill_and_run,
     make_plan,
     operands,
     plan_for,
     saved_bytes,
     short,
-    status_of,
-    take,
 )
 from festina.backends.cpu.weights import PanelCache, Panels, Ready, fingerprints_of, is_owned, marks_of, prepare
 from festina.backends.support import BackendError, missing_kernel
@@ -81,21 +81,23 @@ class Cpu:
         POOL.release()
 
     def forward(self, call: Call) -> Outputs:
-        plan, outputs, core = plan_for(call, abi.INFERENCE), new_outputs(call), abi.core()
-        words, workspace = take(plan)
-        _copies = bind(plan, words, (*operands(call), *outputs))
+        plan, outputs = plan_for(call, abi.INFERENCE), new_outputs(call)
+        carry_out(plan, (*operands(call), *outputs), partial(self._run_forward, plan, call, False))
+        return outputs
+
+    def _run_forward(self, plan: Plan, call: Call, is_training: bool, words: Any) -> None:
+        """Run a forward pass on kept panels if the parameters have not changed, else on new ones, which are kept. Training
+        reads all values for that, and keeps no panels of parameters that no module owns."""
         marks = marks_of(call.parameters)
         found = self._panels.find(call.layer, call.parameters, marks)
-        if found is None or (not found.parameters and is_owned(call)) or not found.run(plan, words):
-            panels = POOL.tensor(plan.panels)
-            words[core.at["has_panels"]], words[core.at["panels"]] = 0, panels.data_ptr()
-            # Before the kernel reads: what another process writes meanwhile makes the panels old, not new.
-            fingerprints = fingerprints_of(call, marks, words)
-            if status_of(plan, core.run, words):
-                raise core.error()
-            self._panels.put(call, marks, fingerprints, panels)
-        give(plan, words, workspace)
-        return outputs
+        if found is not None and (found.parameters or not is_owned(call)) and found.run(plan, words, is_training):
+            return
+        self._panels.drop(call.layer, call.parameters)
+        panels = POOL.tensor(plan.panels)
+        # Before the kernel reads: what another process writes meanwhile makes the panels old, not new.
+        fingerprints = None if is_training and not is_owned(call) else fingerprints_of(call, marks, words)
+        fill_and_run(plan, words, panels)
+        self._panels.put(call, marks, fingerprints, panels)
 
     def step(
         self,
@@ -155,7 +157,8 @@ class Cpu:
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         plan, outputs = plan_for(call, abi.TRAINING), new_outputs(call)
         saved = POOL.tensor(plan.saved_fixed + call.input.shape[0] * plan.saved_per_row)
-        carry_out(plan, (*operands(call), *outputs, saved))
+        run = partial(self._run_forward, plan, call, True) if plan.keeps_panels else None
+        carry_out(plan, (*operands(call), *outputs, saved), run)
         return outputs, [saved]
 
     def saved_like(self, call: Call) -> list[Tensor]:
@@ -177,8 +180,15 @@ class Cpu:
         of_c = () if call.c_0 is not None else (None,)
         d_all = (*d_outputs, None)[:3]
         given = (output, saved[0], *d_all, *gradients[:2], *of_c, *gradients[2:])
-        carry_out(plan, (*operands(call), *given))
+        run = partial(self._run_backward, plan, call, wanted[0]) if plan.keeps_panels else None
+        carry_out(plan, (*operands(call), *given), run)
         return gradients
+
+    def _run_backward(self, plan: Plan, call: Call, of_input: bool, words: Any) -> None:
+        """Run backward on the panels that belong to those of the forward pass, if these are kept."""
+        found = self._panels.find(call.layer, call.parameters, marks_of(call.parameters))
+        if found is None or not found.parameters or not found.run_backward(plan, words, of_input):
+            fill_and_run(plan, words, POOL.tensor(plan.panels))
 
 
 CPU = Cpu()

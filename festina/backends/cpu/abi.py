@@ -21,7 +21,7 @@ import torch  # noqa: F401  its OpenMP must be in the process before the core as
 
 from festina import environment
 
-VERSION = 8
+VERSION = 9
 LIBRARY = "libfestina_core.so"
 INFERENCE, TRAINING, BACKWARD = "inference", "training", "backward"
 

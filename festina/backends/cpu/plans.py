@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from festina.spec import LayerSpec
 CACHE_LINE = 64
 WORK_A_THREAD = 40_000
 """Multiplications; below, waking another thread takes longer than it saves."""
+FEW_STEPS, FEW_ROWS = 8, 256
+"""Training keeps panels between calls of fewer steps than this with at most this many rows in all, as a loop over a cell makes
+them: filling panels would take about as long as such a call. Others fill them in their workspace."""
 LONG = 100_000_000
 """Multiplications; below, a call ends before anyone waits for it, and signals can wait too."""
 MOST_PLANS, MOST_IDLE_BYTES = 256, 256 << 10
@@ -35,8 +38,9 @@ class Plan:
         places: the word of the struct for the address of each tensor: `operands`, then what the pass adds. A forward pass
             adds output, h_n, c_n and, in training, saved; backward adds output, saved, the gradients of output, h_n and
             c_n, and those of the operands from the input on.
-        workspace, room: bytes that a pass works in, without and with panels; inference has panels of its own.
+        workspace, room: bytes that a pass works in, without and with panels; those that are kept lie apart.
         panels: bytes.
+        keeps_panels: they serve later calls too.
         is_long: signals are handled meanwhile.
         saved_fixed, saved_per_row: training keeps `saved_fixed + N * saved_per_row` bytes.
         idle: what `fresh` made for earlier calls, if it is small. A call takes one out, has it alone, and puts it back.
@@ -47,6 +51,7 @@ class Plan:
     workspace: int
     room: int
     panels: int
+    keeps_panels: bool
     saved_fixed: int
     saved_per_row: int
     is_long: bool
@@ -171,9 +176,18 @@ def make_plan(
     if core.bytes(ctypes.byref(call), ctypes.byref(need)):
         raise core.error()
     workspace = -(-need.workspace // CACHE_LINE) * CACHE_LINE  # panels lie behind it
-    room = workspace if which == abi.INFERENCE else workspace + need.panels
-    sizes = workspace, room, need.panels, need.saved_fixed, need.saved_per_row
-    return Plan(struct, places(layer, which), *sizes, is_long(layer, N, I, H, P))
+    keeps_panels = which == abi.INFERENCE or (fields["T"] < FEW_STEPS and N <= FEW_ROWS)
+    return Plan(
+        struct=struct,
+        places=places(layer, which),
+        workspace=workspace,
+        room=workspace if keeps_panels else workspace + need.panels,
+        panels=need.panels,
+        keeps_panels=keeps_panels,
+        saved_fixed=need.saved_fixed,
+        saved_per_row=need.saved_per_row,
+        is_long=is_long(layer, N, I, H, P),
+    )
 
 
 def plan_for(call: Call, which: str, wanted: tuple[bool, ...] = ()) -> Plan:
@@ -268,10 +282,19 @@ def status_of(plan: Plan, function: Callable[..., int], words: Any, *rest: Any) 
     return signals.run(function, words, *rest) if plan.is_long else function(words, *rest)
 
 
-def carry_out(plan: Plan, tensors: Sequence[Tensor | None]) -> None:
-    """Run training or backward."""
+def carry_out(plan: Plan, tensors: Sequence[Tensor | None], run: Callable[[Any], None] | None = None) -> None:
+    """Make a call of these tensors, by `run` or by `fill_and_run`, and take its memory back."""
     words, buffer = take(plan)
     _copies = bind(plan, words, tensors)
-    if status_of(plan, abi.core().run, words):
-        raise abi.core().error()
+    (run or partial(fill_and_run, plan))(words)
     give(plan, words, buffer)
+
+
+def fill_and_run(plan: Plan, words: Any, panels: Tensor | None = None) -> None:
+    """Make a call that fills `panels`, or those in its workspace."""
+    core = abi.core()
+    words[core.at["has_panels"]] = 0
+    if panels is not None:
+        words[core.at["panels"]] = panels.data_ptr()
+    if status_of(plan, core.run, words):
+        raise core.error()

@@ -1,4 +1,4 @@
-"""Weights laid out in panels, the order in which kernels read them, kept between inference calls; and prepared steps.
+"""Weights laid out in panels, the order in which kernels read them, kept between calls; and prepared steps.
 
 docs/decisions/0004-panels-of-weights.md says when they are used again.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from festina.backends.cpu import abi
+from festina.backends.cpu.memory import POOL
 from festina.backends.cpu.plans import Plan, bind, fresh, operands, plan_for, status_of
 from festina.call import Call
 from festina.spec import LayerSpec
@@ -54,6 +55,8 @@ class Panels:
         marks: `marks_of` the parameters when the panels were filled.
         fingerprints: of a few values of each, and of all.
         reads_all: all values are read before any call.
+        buffer: the panels of inference and training.
+        transposed: those of backward, by whether the input's gradient was wanted.
         ready: prepared steps by what they have in common. A call takes one out and puts it back.
     """
 
@@ -64,13 +67,27 @@ class Panels:
     fingerprints: tuple[int, int]
     reads_all: bool
     buffer: Tensor
+    transposed: dict[bool, Tensor]
     ready: dict[tuple[Any, ...], list[Ready]]
 
-    def run(self, plan: Plan, words: Any) -> bool:
-        """Run a call on the panels. False, with nothing done, if the parameters have changed."""
+    def run(self, plan: Plan, words: Any, reads_all: bool) -> bool:
+        """Run a forward pass on the panels. False, with nothing done, if the parameters have changed."""
+        is_whole = reads_all or self.reads_all or words[abi.core().at["T"]] >= STEPS_WHOLE
+        return self._run(plan, words, self.buffer, 1, is_whole)
+
+    def run_backward(self, plan: Plan, words: Any, of_input: bool) -> bool:
+        """Run backward on panels that an earlier call has filled, or that this one fills. False, with nothing done, if the
+        parameters have changed since the forward pass and autograd has not seen it."""
+        filled = self.transposed.get(of_input)
+        buffer = POOL.tensor(plan.panels) if filled is None else filled
+        if not self._run(plan, words, buffer, filled is not None, self.reads_all):
+            return False
+        self.transposed[of_input] = buffer
+        return True
+
+    def _run(self, plan: Plan, words: Any, buffer: Tensor, is_filled: int, is_whole: bool) -> bool:
         core = abi.core()
-        words[core.at["has_panels"]], words[core.at["panels"]] = 1, self.buffer.data_ptr()
-        is_whole = self.reads_all or words[core.at["T"]] >= STEPS_WHOLE
+        words[core.at["has_panels"]], words[core.at["panels"]] = is_filled, buffer.data_ptr()
         status = status_of(plan, core.run_panels, words, is_whole, self.fingerprints[is_whole])
         if status and status != core.stale:
             raise core.error()
@@ -140,9 +157,14 @@ class PanelCache:
         return found if found is not None and found.marks == marks else None
 
     def release(self) -> None:
-        """Free the memory of prepared steps."""
+        """Free the memory of prepared steps, and of the panels of backward."""
         for panels in list(self._found.values()):
             panels.ready.clear()
+            panels.transposed.clear()
+
+    def drop(self, layer: LayerSpec, parameters: Sequence[Tensor]) -> None:
+        """Give up the panels of these parameters, so that others may take their memory."""
+        self._found.pop((layer.token, *map(id, parameters)), None)
 
     def put(self, call: Call, marks: tuple[Any, ...], fingerprints: tuple[int, int] | None, buffer: Tensor) -> None:
         """Keep panels filled from parameters that had these marks and `fingerprints_of` before; not if the latter is None."""
@@ -164,6 +186,7 @@ class PanelCache:
             fingerprints=fingerprints,
             reads_all=module is None or sum(p.nbytes for p in parameters) <= BYTES_WHOLE,
             buffer=buffer,
+            transposed={},
             ready={},
         )
 
