@@ -13,8 +13,9 @@ from torch._C import _are_functorch_transforms_active
 
 from festina import backends, ops, transforms
 from festina.backends.eager import EAGER, gradients
-from festina.call import Call, Outputs
+from festina.call import Call, Outputs, Step
 from festina.checks import check_call
+from festina.spec import LayerSpec
 from festina.transforms import Gradients, one_by_one
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -98,6 +99,57 @@ def record(backend: backends.Backend, call: Call, tensors: Sequence[Tensor], wat
     apply = _Recurrence.apply if watched else _apply
     output, h_n, *c_n = apply(backend, call, watched, *tensors)  # type: ignore[no-untyped-call]
     return Outputs(output, h_n, c_n[0] if c_n else None)
+
+
+class _Step(torch.autograd.Function):
+    """A step of a cell that has been taken, as a node of autograd's graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: backends.Backend, layer: LayerSpec, rates: tuple[float, float], step: Step, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.backend, ctx.layer, ctx.rates = backend, layer, rates
+        ctx.save_for_backward(*tensors, *step.saved)
+        ctx.set_materialize_grads(False)
+        return tuple(step.state)
+
+    @staticmethod
+    def backward(ctx: Any, *d_state: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted: list[bool] = list(ctx.needs_input_grad[4:])
+        input, *rest = ctx.saved_tensors
+        states, inputs = len(d_state), len(wanted) - 1
+        call = Call(
+            layer=ctx.layer,
+            input=input,
+            h_0=rest[0].unsqueeze(0),
+            c_0=rest[1].unsqueeze(0) if states > 1 else None,
+            parameters=tuple(rest[states:inputs]),
+            zoneout=ctx.rates[0],
+            zoneout_cell=ctx.rates[1],
+        )
+        d_h, d_c = (*d_state, None)[:2]
+        d_outputs = (d_h, None, d_c if d_c is None else d_c.unsqueeze(0))[: states + 1]
+        kind = (ctx.backend, call, None, rest[inputs:], wanted, False)
+        d_input, *found = one_by_one(partial(_differentiate, *kind), d_outputs)
+        d_old = [d if d is None else d.squeeze(0) for d in found[:states]]
+        return (None, None, None, None, d_input, *d_old, *found[states:])
+
+
+_apply_step = super(torch.autograd.Function, _Step).apply
+
+
+def record_step(
+    backend: backends.Backend, layer: LayerSpec, rates: tuple[float, float], step: Step, tensors: Sequence[Tensor]
+) -> list[Tensor]:
+    """The new states of a step that a backend has taken in training, as a node of autograd's graph.
+
+    Args:
+        backend: the one that has taken it, and differentiates it.
+        layer, rates: of the cell, and of Zoneout on h and on c by the expectation.
+        step: its results, which nothing else has seen.
+        tensors: input, state, parameters.
+    """
+    return [*_apply_step(backend, layer, rates, step, *tensors)]  # type: ignore[no-untyped-call]
 
 
 def is_recorded(tensors: Sequence[Tensor]) -> bool:

@@ -98,6 +98,13 @@ class Outputs(NamedTuple):
     c_n: Tensor | None
 
 
+class Step(NamedTuple):
+    """What one step of a cell gives: the new states, `[B, P]` and, if the cell has a c, `[B, H]`, and what training saves."""
+
+    state: list[Tensor]
+    saved: list[Tensor]
+
+
 class Case(NamedTuple):
     """What a backend is chosen by: everything that is known before a number is seen."""
 

@@ -66,7 +66,8 @@ def step(
     state: Sequence[Tensor],
     rates: tuple[float, float],
 ) -> list[Tensor] | None:
-    """One step of a cell by a backend's shorter way: the new states. None, with nothing done, if `run` must do it.
+    """One step of a cell by a backend's shorter way, as a node of autograd's graph if it is recorded: the new states. None,
+    with nothing done, if `run` must do it.
 
     Nothing need be checked before: if something does not fit, the answer is None, and the longer way tells why.
 
@@ -76,10 +77,16 @@ def step(
         rates: of Zoneout on h and on c, by the expectation.
     """
     given = (input, *state)
-    if torch.is_grad_enabled() or ops.is_watched(given) or ops.is_lazy(given):
+    if ops.is_watched(given) or ops.is_lazy(given):
         return None
+    is_recorded = torch.is_grad_enabled() and autograd.is_recorded((*given, *parameters))
     for backend in backends.steppers(backends.forced()):
-        found = backend.step(layer=layer, parameters=parameters, input=input, state=state, rates=rates)
-        if found is not None:
-            return found
+        found = backend.step(
+            layer=layer, parameters=parameters, input=input, state=state, rates=rates, is_training=is_recorded
+        )
+        if found is None:
+            continue
+        if is_recorded:
+            return autograd.record_step(backend, layer, rates, found, (input, *state, *parameters))
+        return found.state
     return None

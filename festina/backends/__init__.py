@@ -20,7 +20,7 @@ from festina.backends.cpu import CPU
 from festina.backends.eager import EAGER
 from festina.backends.support import BackendError as BackendError
 from festina.backends.triton import TRITON
-from festina.call import Call, Case, Outputs, float32_becomes
+from festina.call import Call, Case, Outputs, Step, float32_becomes
 from festina.spec import LayerSpec
 
 
@@ -71,13 +71,15 @@ class Stepper(Backend, Protocol):
         input: Tensor,
         state: Sequence[Tensor],
         rates: tuple[float, float],
-    ) -> list[Tensor] | None:
+        is_training: bool,
+    ) -> Step | None:
         """The new states, or None, with nothing done, if this way does not serve the step.
 
         Args:
             layer, parameters: of the cell, one direction.
             input, state: `[B, I]`; `[B, P]` and, if the cell has a c, `[B, H]`. They are as the user gave them, unchecked.
             rates: of Zoneout on h and on c, by the expectation.
+            is_training: what `backward` needs is saved, as by `forward_train`.
         """
 
 

@@ -38,7 +38,7 @@ def test_a_struct_forgets_the_tensors_of_the_call_before():
 
 def test_a_plan_keeps_little_memory(monkeypatch):
     small, _ = Case("lstm", norms.HASTE, T=1, B=1, H=9).build()
-    large, _ = Case("lstm", norms.HASTE, T=2, B=4, H=256).build()
+    large, _ = Case("lstm", norms.HASTE, T=plans.FEW_STEPS, B=4, H=256).build()
     for call, kept in ((small, 1), (large, 0)):
         for _ in range(3):
             CPU.forward_train(call)
@@ -102,6 +102,7 @@ def test_a_call_that_is_interrupted_anywhere_leaves_nothing_behind(kind):
             input=call.input,
             state=state,
             rates=(call.zoneout, call.zoneout_cell),
+            is_training=False,
         )
         return step or CPU.forward(call)
 

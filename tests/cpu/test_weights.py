@@ -215,7 +215,7 @@ def test_the_short_way_steps_aside():
             cell(x[:, :4], h)
         first, second = (cell.train()(x, h) for _ in range(2))
         assert not torch.equal(first, second)  # the masks of Zoneout are drawn
-    assert step() is None
+    assert step()[0].requires_grad
     assert cell(x, h).requires_grad
 
 
@@ -521,6 +521,102 @@ def test_an_actor_sees_what_a_learner_in_another_process_has_written():
                 torch.testing.assert_close(got, layer(x)[0], atol=1e-4, rtol=1e-4)
     learner.join(timeout=60)
     assert learner.exitcode == 0
+
+
+def learn(module, x, state, between=lambda: None):
+    """Outputs and gradients of three steps of a cell, or of a layer over x; `between` runs before the last step."""
+    module.zero_grad()
+    if isinstance(module, festina.cells.Cell):
+        outputs = []
+        for step in range(3):
+            if step == 2:
+                between()
+            state = module(x, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+    else:
+        between()
+        outputs = [module(x)[0]]
+    gradients = torch.autograd.grad(sum(output.pow(2).sum() for output in outputs), [x, *module.parameters()])
+    return [*outputs, *gradients]
+
+
+TRAINED = {
+    "LSTM cell": lambda: festina.LayerNormLSTMCell(20, 100),
+    "GRU cell": lambda: festina.LayerNormGRUCell(20, 100),
+    "IndRNN cell": lambda: festina.LayerNormIndRNNCell(20, 100),
+    "projected cell": lambda: festina.LSTMCell(20, 100, proj_size=7),
+    "layer": lambda: festina.LayerNormLSTM(20, 100, bidirectional=True),
+}
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_training_of_few_steps_keeps_panels_and_sees_every_change(kind, monkeypatch):
+    """One value written through `.data`, or in place, between steps: outputs and gradients are the reference's all the same."""
+    module = TRAINED[kind]()
+    x = torch.randn((2, 3, 20) if kind == "layer" else (3, 20), requires_grad=True)
+    widths = [7 if module.proj_size else 100, 100][: len(module.spec.cell.states)]
+    state = tuple(torch.randn(3, width) for width in widths) if len(widths) > 1 else torch.randn(3, 100)
+    filled = []
+    run, run_panels = abi.core().run, abi.core().run_panels
+    at = abi.core().at["has_panels"]
+
+    def counted(function):
+        def call(words, *rest):
+            filled.extend([function] if not isinstance(words, int) and not words[at] else [])
+            return function(words, *rest)
+
+        return call
+
+    monkeypatch.setattr(abi.core(), "run", counted(run))
+    monkeypatch.setattr(abi.core(), "run_panels", counted(run_panels))
+    learn(module, x, state)
+    assert len(filled) == 2  # forward and backward
+    learn(module, x, state)
+    assert len(filled) == 2
+    *_, last = weights_of = [*module.parameters()]
+    for parameter in (*weights_of[:2], last):
+        for write in (lambda p: p.data.view(-1)[3].add_(0.5), lambda p: torch.no_grad()(p.mul_)(1.5)):
+            write(parameter)
+            got = learn(module, x, state)
+            with backends.use("eager"):
+                want = learn(module, x, state)
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_are_those_of_the_weights_that_the_forward_pass_had():
+    cell, x = festina.GRUCell(20, 100), torch.randn(3, 20, requires_grad=True)
+    want = learn(cell, x, torch.zeros(3, 100))
+    h = cell(x, torch.zeros(3, 100))
+    (gradient,) = torch.autograd.grad(h.sum(), x, retain_graph=True)
+    cell.weight_ih.data.mul_(2)
+    assert torch.equal(torch.autograd.grad(h.sum(), x)[0], gradient)
+    cell.weight_ih.data.div_(2)
+    assert all(map(torch.equal, learn(cell, x, torch.zeros(3, 100)), want))
+
+
+def test_weights_written_before_the_first_backward_pass_are_those_of_its_products():
+    """As in torch.nn, which keeps no panels."""
+    theirs, x, h = torch.nn.GRUCell(20, 100), torch.randn(3, 20, requires_grad=True), torch.randn(3, 100)
+    ours = festina.GRUCell(20, 100)
+    ours.load_state_dict(theirs.state_dict())
+    gradients = []
+    for cell in (theirs, ours):
+        outputs = [cell(x, h) for _ in range(2)]
+        cell.weight_ih.data.mul_(2)
+        gradients.append([torch.autograd.grad(output.sum(), x)[0] for output in outputs])
+    torch.testing.assert_close(*gradients)
+
+
+def test_views_of_a_stack_of_weights_do_not_fill_memory():
+    """As `functional_call` on each of an ensemble's weights makes them, anew at every call."""
+    layer, x = festina.GRU(4, 8), torch.randn(3, 2, 4)
+    stacked = {name: torch.stack([p.detach()] * 50) for name, p in layer.named_parameters()}
+    before = set(CPU._panels._found)
+    with torch.no_grad():
+        held = [{name: stack[n] for name, stack in stacked.items()} for n in range(50)]
+        for parameters in held:
+            torch.func.functional_call(layer, parameters, x)
+    assert 0 < len(set(CPU._panels._found) - before) <= weights.MOST_UNOWNED
 
 
 def test_a_step_of_another_dtype_takes_no_prepared_one():

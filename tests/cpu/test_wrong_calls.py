@@ -87,7 +87,6 @@ DISAGREE = {
     "a rate without its flag": ({"zoneout": 0.5}, "has_zoneout must be 1 with zoneout = 0.5, got 0"),
     "no such kernel": ({"placement": 2, "cell": 1}, "there is no kernel for cell gru with placement joint"),
     "a clip without c": ({"clip": 1.0, "cell": 1, "cell_norm": 0}, "clip must be 0, since cell gru has no c, got 1"),
-    "panels of training": ({"has_panels": 1, "pass": 1}, "has_panels must be 0 in training, got 1"),
     "more than memory": (
         {"H": 2**40, "P": 2**40},
         "must make at most 4.61169e+18 bytes of tensors and buffers, got up to",

@@ -16,16 +16,16 @@ from festina.backends.cpu.memory import POOL
 from festina.backends.cpu.plans import (
     Plan,
     carry_out,
-    fill_and_run,
     make_plan,
     operands,
     plan_for,
+    run_on,
     saved_bytes,
     short,
 )
 from festina.backends.cpu.weights import PanelCache, Panels, Ready, fingerprints_of, is_owned, marks_of, prepare
 from festina.backends.support import BackendError, missing_kernel
-from festina.call import Call, Case, Outputs
+from festina.call import Call, Case, Outputs, Step
 from festina.spec import LayerSpec
 
 RARE_KERNELS = frozenset(("product", "clip", "inner_bias_hh"))
@@ -96,7 +96,7 @@ class Cpu:
         panels = POOL.tensor(plan.panels)
         # Before the kernel reads: what another process writes meanwhile makes the panels old, not new.
         fingerprints = None if is_training and not is_owned(call) else fingerprints_of(call, marks, words)
-        fill_and_run(plan, words, panels)
+        run_on(plan, words, panels)
         self._panels.put(call, marks, fingerprints, panels)
 
     def step(
@@ -107,7 +107,8 @@ class Cpu:
         input: Tensor,
         state: Sequence[Tensor],
         rates: tuple[float, float],
-    ) -> list[Tensor] | None:
+        is_training: bool,
+    ) -> Step | None:
         found = self._panels.find(layer, parameters, marks_of(parameters))
         if (
             found is None
@@ -117,29 +118,32 @@ class Cpu:
         ):
             return None
         dtype = input.dtype
-        key = (input.shape, dtype, rates, torch.get_num_threads())
+        key = (input.shape, dtype, rates, torch.get_num_threads(), is_training)
         ready: Ready | None
         try:
             ready = found.ready[key].pop()
         except LookupError:
-            ready = self._prepare(layer, parameters, input, rates, found)
+            ready = self._prepare(layer, parameters, input, rates, found, is_training)
         if ready is None or len(state) != len(ready.shapes):
             return None
         for tensor, shape in zip(state, ready.shapes):
             if tensor.shape != shape or tensor.dtype != dtype or not (tensor.is_cpu and tensor.is_contiguous()):
                 return None
         args, (h_0, *c_0) = ready.args, state
-        outputs = [*map(torch.empty_like, state)]
+        outputs, saved = [*map(torch.empty_like, state)], []
         args.input, args.h_0 = input.data_ptr(), h_0.data_ptr()
         args.output = args.h_n = outputs[0].data_ptr()  # the output of one step is the new h
         if c_0:
             args.c_0, args.c_n = c_0[0].data_ptr(), outputs[1].data_ptr()
+        if is_training:
+            saved.append(POOL.tensor(ready.saved))
+            args.saved = saved[0].data_ptr()
         if status := ready.run():
             if status != abi.core().stale:
                 raise abi.core().error()
             return None
         found.put_back(key, ready)
-        return outputs
+        return Step(outputs, saved)
 
     def _prepare(
         self,
@@ -148,11 +152,12 @@ class Cpu:
         input: Tensor,
         rates: tuple[float, float],
         panels: Panels,
+        is_training: bool,
     ) -> Ready | None:
         """A step of these sizes; None for what is refused."""
         if self.can_run(Case(layer, input.dtype, input.device)) is not None:
             return None
-        return prepare(layer, parameters, input, rates, panels)
+        return prepare(layer, parameters, input, rates, panels, is_training)
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         plan, outputs = plan_for(call, abi.TRAINING), new_outputs(call)
@@ -185,10 +190,10 @@ class Cpu:
         return gradients
 
     def _run_backward(self, plan: Plan, call: Call, of_input: bool, words: Any) -> None:
-        """Run backward on the panels that belong to those of the forward pass, if these are kept."""
+        """Run backward on panels that belong to those of the forward pass, if these are kept, else on new ones."""
         found = self._panels.find(call.layer, call.parameters, marks_of(call.parameters))
         if found is None or not found.parameters or not found.run_backward(plan, words, of_input):
-            fill_and_run(plan, words, POOL.tensor(plan.panels))
+            run_on(plan, words, POOL.tensor(plan.panels))
 
 
 CPU = Cpu()

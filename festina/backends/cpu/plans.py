@@ -283,17 +283,17 @@ def status_of(plan: Plan, function: Callable[..., int], words: Any, *rest: Any) 
 
 
 def carry_out(plan: Plan, tensors: Sequence[Tensor | None], run: Callable[[Any], None] | None = None) -> None:
-    """Make a call of these tensors, by `run` or by `fill_and_run`, and take its memory back."""
+    """Make a call of these tensors, by `run` or on panels in its workspace, and take its memory back."""
     words, buffer = take(plan)
     _copies = bind(plan, words, tensors)
-    (run or partial(fill_and_run, plan))(words)
+    (run or partial(run_on, plan))(words)
     give(plan, words, buffer)
 
 
-def fill_and_run(plan: Plan, words: Any, panels: Tensor | None = None) -> None:
-    """Make a call that fills `panels`, or those in its workspace."""
+def run_on(plan: Plan, words: Any, panels: Tensor | None = None, has_panels: bool = False) -> None:
+    """Make a call on `panels`, or on those in its workspace, which it fills unless `has_panels`."""
     core = abi.core()
-    words[core.at["has_panels"]] = 0
+    words[core.at["has_panels"]] = has_panels
     if panels is not None:
         words[core.at["panels"]] = panels.data_ptr()
     if status_of(plan, core.run, words):

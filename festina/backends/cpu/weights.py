@@ -19,7 +19,7 @@ from torch.nn import Module, Parameter
 
 from festina.backends.cpu import abi
 from festina.backends.cpu.memory import POOL
-from festina.backends.cpu.plans import Plan, bind, fresh, operands, plan_for, status_of
+from festina.backends.cpu.plans import Plan, bind, fresh, operands, plan_for, run_on, status_of
 from festina.call import Call
 from festina.spec import LayerSpec
 
@@ -30,6 +30,8 @@ MOST_READY_BYTES = 1 << 20
 STEPS_WHOLE, BYTES_WHOLE = 8, 128 << 10
 """Before panels are used again, all values of the parameters are read for calls of this many steps and more, or if the
 parameters are at most this large; else a few values of each, as reading all would take as long as a step."""
+MOST_UNOWNED = 16
+"""At most this many sets of panels are kept for parameters that no module owns, as views of a stack of weights are."""
 _VERSION = attrgetter("_version")
 
 
@@ -40,6 +42,7 @@ class Ready(NamedTuple):
     args: Any
     run: Callable[[], int]
     workspace: Tensor
+    saved: int  # bytes that training keeps
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +73,28 @@ class Panels:
     transposed: dict[bool, Tensor]
     ready: dict[tuple[Any, ...], list[Ready]]
 
-    def run(self, plan: Plan, words: Any, reads_all: bool) -> bool:
+    def run(self, plan: Plan, words: Any, is_training: bool) -> bool:
         """Run a forward pass on the panels. False, with nothing done, if the parameters have changed."""
-        is_whole = reads_all or self.reads_all or words[abi.core().at["T"]] >= STEPS_WHOLE
-        return self._run(plan, words, self.buffer, 1, is_whole)
+        at = abi.core().at
+        words[at["has_panels"]], words[at["panels"]] = 1, self.buffer.data_ptr()
+        return self._run_unchanged(plan, words, is_training or self.reads_all or words[at["T"]] >= STEPS_WHOLE)
 
     def run_backward(self, plan: Plan, words: Any, of_input: bool) -> bool:
-        """Run backward on panels that an earlier call has filled, or that this one fills. False, with nothing done, if the
-        parameters have changed since the forward pass and autograd has not seen it."""
-        filled = self.transposed.get(of_input)
-        buffer = POOL.tensor(plan.panels) if filled is None else filled
-        if not self._run(plan, words, buffer, filled is not None, self.reads_all):
+        """Run backward on panels of the weights that the forward pass had, which the first call fills. False, with nothing
+        done, if it has to fill them and the parameters hold other values by now."""
+        buffer = self.transposed.get(of_input)
+        if buffer is not None:
+            run_on(plan, words, buffer, True)
+            return True
+        buffer, at = POOL.tensor(plan.panels), abi.core().at
+        words[at["has_panels"]], words[at["panels"]] = 0, buffer.data_ptr()
+        if not self._run_unchanged(plan, words, True):
             return False
         self.transposed[of_input] = buffer
         return True
 
-    def _run(self, plan: Plan, words: Any, buffer: Tensor, is_filled: int, is_whole: bool) -> bool:
+    def _run_unchanged(self, plan: Plan, words: Any, is_whole: bool) -> bool:
         core = abi.core()
-        words[core.at["has_panels"]], words[core.at["panels"]] = is_filled, buffer.data_ptr()
         status = status_of(plan, core.run_panels, words, is_whole, self.fingerprints[is_whole])
         if status and status != core.stale:
             raise core.error()
@@ -178,6 +185,10 @@ class PanelCache:
         module = call.owner if is_owned(call) else None
         if module is not None:
             self._drop_former(module)
+        else:
+            unowned = [key for key, panels in list(found.items()) if not panels.parameters]
+            for oldest in unowned[: max(0, len(unowned) + 1 - MOST_UNOWNED)]:
+                found.pop(oldest, None)
         found[key] = Panels(
             parameters=() if module is None else parameters,
             guards=[weakref.ref(p.untyped_storage(), drop) for p in parameters],
@@ -203,9 +214,14 @@ class PanelCache:
 
 
 def prepare(
-    layer: LayerSpec, parameters: Sequence[Tensor], input: Tensor, rates: tuple[float, float], panels: Panels
+    layer: LayerSpec,
+    parameters: Sequence[Tensor],
+    input: Tensor,
+    rates: tuple[float, float],
+    panels: Panels,
+    is_training: bool,
 ) -> Ready | None:
-    """What steps of these sizes have in common; None if the sizes or types do not fit."""
+    """What steps of these sizes have in common; None if the sizes or types do not fit, or training would keep no panels."""
     if input.dim() != 2:
         return None
     B, I = input.shape
@@ -216,11 +232,14 @@ def prepare(
     P = parameters[layer.parameter_names.index("weight_hr")].shape[0] if layer.projected else H
     call = Call(layer=layer, input=input, h_0=input.new_empty(1, B, P), parameters=tuple(parameters))
     call.zoneout, call.zoneout_cell = rates
-    plan, core = plan_for(call, abi.INFERENCE), abi.core()
+    plan, core = plan_for(call, abi.TRAINING if is_training else abi.INFERENCE), abi.core()
+    if not plan.keeps_panels:
+        return None
     words, workspace = fresh(plan)
     bind(plan, words, operands(call))
     args = core.call.from_buffer(words)
     args.panels, args.has_panels = panels.buffer.data_ptr(), 1
     shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
-    run = partial(core.run_panels, ctypes.addressof(args), panels.reads_all, panels.fingerprints[panels.reads_all])
-    return Ready(shapes, args, run, workspace)
+    is_whole = is_training or panels.reads_all
+    run = partial(core.run_panels, ctypes.addressof(args), is_whole, panels.fingerprints[is_whole])
+    return Ready(shapes, args, run, workspace, plan.saved_fixed + B * plan.saved_per_row)
