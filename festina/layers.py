@@ -129,15 +129,17 @@ class Recurrent(RecurrentBase):
         """Run over a sequence.
 
         Args:
-            input: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, or a `PackedSequence`.
+            input: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, a `PackedSequence`, or a NestedTensor
+                `[B, j, I]` of the layout torch.jagged, whose rows may be empty.
             hx: h_0 `[L·D, B, P]`, for the LSTM (h_0, c_0 `[L·D, B, H]`); without B for one row; None: zeros.
             lengths: `[B]`, the steps of each row, in any order, 0 allowed, a list or a tensor on the CPU. Steps past a row's
                 length are never read, and the output there is 0.
-            resets: `[T, B]` bool (`[B, T]` under batch_first, `[T]` for one row): the row restarts at that step. The state is
-                zeroed between steps t − 1 and t, in either direction, so that one call does the work of a call for each part.
+            resets: `[T, B]` bool (`[B, T]` under batch_first, `[T]` for one row, nested `[B, j]`): the row restarts at that
+                step. The state is zeroed between steps t − 1 and t, in either direction, so that one call does the work of a call
+                for each part.
 
         Returns:
-            output `[T, B, D·P]`, or `[B, T, D·P]`, `[T, D·P]`, a `PackedSequence`, as the input was; and h_n `[L·D, B, P]`, for
+            output `[T, B, D·P]`, or `[B, T, D·P]`, `[T, D·P]`, packed or nested, as the input was; and h_n `[L·D, B, P]`, for
             the LSTM (h_n, c_n `[L·D, B, H]`): each row's own last state, for the reverse direction the one at its first step.
 
         Raises:
