@@ -135,8 +135,8 @@ class Recurrent(RecurrentBase):
             lengths: `[B]`, the steps of each row, in any order, 0 allowed, a list or a tensor on the CPU. Steps past a row's
                 length are never read, and the output there is 0.
             resets: `[T, B]` bool (`[B, T]` under batch_first, `[T]` for one row, nested `[B, j]`): the row restarts at that
-                step. The state is zeroed between steps t − 1 and t, in either direction, so that one call does the work of a call
-                for each part.
+                step. The state is zeroed between steps t − 1 and t, in either direction, so that one call does the work of a
+                call for each part.
 
         Returns:
             output `[T, B, D·P]`, or `[B, T, D·P]`, `[T, D·P]`, packed or nested, as the input was; and h_n `[L·D, B, P]`, for

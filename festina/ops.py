@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack
 from torch._C._autograd import _profiler_enabled
 
-from festina import backends
+from festina import backends, flops
 from festina.backends.eager import gradients
 from festina.call import Call, Outputs
 from festina.checks import check_call, check_tensors
@@ -110,6 +110,8 @@ def _outputs(output: Tensor, state_n: Sequence[Tensor]) -> Outputs:
 
 def recurrence(call: Call, backend: str) -> Outputs:
     """Carry out a call by the operator."""
+    if not torch.compiler.is_compiling() and _len_torch_dispatch_stack() > 0:
+        flops.register()
     return _outputs(*torch.ops.festina.recurrence(*arguments(call, backend)))
 
 
