@@ -16,6 +16,7 @@ from festina.call import Call
 from festina.checks import check_counts, check_dtype, check_forget_bias, check_proj_size, check_rates
 from festina.norms import NormPlan
 from festina.spec import CellSpec, LayerSpec
+from festina.tooling import Tooling
 
 # Under this name of torch's a module saves more than tensors; here, its norm plan.
 PLAN_KEY = "_extra_state"
@@ -24,7 +25,7 @@ MOST_PLAN_BYTES = 4096
 """The longest plan that is read; one that is saved has some 200 bytes."""
 
 
-class RecurrentBase(nn.Module):
+class RecurrentBase(Tooling, nn.Module):
     """A module with the parameters of one recurrent cell for each layer and direction.
 
     Subclasses name their cell, and the default plan and forget bias.

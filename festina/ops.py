@@ -33,6 +33,9 @@ _library = torch.library.Library("festina", "DEF")
 _library.define(
     "sort_rows(Tensor lengths, SymInt T, bool batch_first) -> (Tensor order, Tensor batch_sizes, Tensor index)"
 )
+_library.define(  # for torch.jit.trace, which writes every int into the graph as a constant
+    "sort_rows.traced(Tensor lengths, Tensor T, bool batch_first) -> (Tensor order, Tensor batch_sizes, Tensor index)"
+)
 _library.define(f"recurrence({_CALL}) -> (Tensor output, Tensor[] state_n)")
 _library.define(f"recurrence_train({_CALL}) -> (Tensor output, Tensor[] state_n, Tensor[] saved)")
 _library.define(
@@ -214,6 +217,10 @@ def _sort_rows_fake(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor,
     return torch.empty_like(lengths), lengths.new_empty(longest), lengths.new_empty(valid)
 
 
+def _sort_rows_traced(lengths: Tensor, T: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return sort_rows(lengths, int(T), batch_first)
+
+
 # Autograd.
 
 
@@ -345,6 +352,7 @@ def _recurrence_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
 for _name, _kernel, _fake in (
     ("sort_rows", sort_rows, _sort_rows_fake),
+    ("sort_rows.traced", _sort_rows_traced, _sort_rows_fake),
     ("recurrence", _recurrence, _recurrence_fake),
     ("recurrence_train", _recurrence_train, _recurrence_train_fake),
     ("recurrence_backward", _recurrence_backward, _recurrence_backward_fake),

@@ -221,16 +221,19 @@ def pack(
         resets = resets.view(shape).t() if batch_first else resets.view(shape)
 
     is_compiling = torch.compiler.is_compiling()
-    is_recorded = is_compiling or _get_tracing_state() is not None  # as a graph, which must serve any lengths
+    is_traced = _get_tracing_state() is not None
     if lengths is not None and is_compiling and torch.onnx.is_in_onnx_export():
         packing.is_active = torch.arange(T).unsqueeze(1) < lengths
         packing.resets = None if resets is None else _directed(resets, lengths, directions).flatten(1)
         return packing.pack(batched), packing
-    if lengths is None or not (is_recorded or bool((lengths != T).any())):
+    if lengths is None or not (is_compiling or is_traced or bool((lengths != T).any())):
         packing.resets = None if resets is None else _directed(resets, None, directions).flatten(1)
         return packing.pack(batched), packing
-    sort = torch.ops.festina.sort_rows if is_recorded else sort_rows
-    order, packing.batch_sizes, index = sort(lengths, T, batch_first)
+    if is_traced:
+        found = torch.ops.festina.sort_rows.traced(lengths, torch.as_tensor(T), batch_first)
+    else:
+        found = (torch.ops.festina.sort_rows if is_compiling else sort_rows)(lengths, T, batch_first)
+    order, packing.batch_sizes, index = found
     packing.order, packing.index = order.to(input.device), index.to(input.device)
     if resets is not None:
         steps = packing.index
