@@ -20,7 +20,7 @@ from torch._C._autograd import _profiler_enabled
 from festina import backends, flops
 from festina.backends.eager import gradients
 from festina.call import Call, Outputs
-from festina.checks import check_call, check_tensors
+from festina.checks import check_call, check_lengths, check_tensors
 from festina.sequences import sort_rows
 from festina.spec import LayerSpec
 
@@ -34,7 +34,8 @@ _library.define(
     "sort_rows(Tensor lengths, SymInt T, bool batch_first) -> (Tensor order, Tensor batch_sizes, Tensor index)"
 )
 _library.define(  # for torch.jit.trace, which writes every int into the graph as a constant
-    "sort_rows.traced(Tensor lengths, Tensor T, bool batch_first) -> (Tensor order, Tensor batch_sizes, Tensor index)"
+    "sort_rows.traced(Tensor lengths, Tensor T, Tensor B, bool batch_first) "
+    "-> (Tensor order, Tensor batch_sizes, Tensor index)"
 )
 _library.define(f"recurrence({_CALL}) -> (Tensor output, Tensor[] state_n)")
 _library.define(f"recurrence_train({_CALL}) -> (Tensor output, Tensor[] state_n, Tensor[] saved)")
@@ -217,8 +218,13 @@ def _sort_rows_fake(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor,
     return torch.empty_like(lengths), lengths.new_empty(longest), lengths.new_empty(valid)
 
 
-def _sort_rows_traced(lengths: Tensor, T: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return sort_rows(lengths, int(T), batch_first)
+def _sort_rows_traced(lengths: Tensor, T: Tensor, B: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A traced graph holds no check, so that one on B belongs here."""
+    return sort_rows(check_lengths(lengths, int(B)), int(T), batch_first)
+
+
+def _sort_rows_traced_fake(lengths: Tensor, T: Tensor, B: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _sort_rows_fake(lengths, 0, batch_first)
 
 
 # Autograd.
@@ -352,7 +358,7 @@ def _recurrence_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
 for _name, _kernel, _fake in (
     ("sort_rows", sort_rows, _sort_rows_fake),
-    ("sort_rows.traced", _sort_rows_traced, _sort_rows_fake),
+    ("sort_rows.traced", _sort_rows_traced, _sort_rows_traced_fake),
     ("recurrence", _recurrence, _recurrence_fake),
     ("recurrence_train", _recurrence_train, _recurrence_train_fake),
     ("recurrence_backward", _recurrence_backward, _recurrence_backward_fake),

@@ -230,7 +230,7 @@ def pack(
         packing.resets = None if resets is None else _directed(resets, None, directions).flatten(1)
         return packing.pack(batched), packing
     if is_traced:
-        found = torch.ops.festina.sort_rows.traced(lengths, torch.as_tensor(T), batch_first)
+        found = torch.ops.festina.sort_rows.traced(lengths, torch.as_tensor(T), torch.as_tensor(B), batch_first)
     else:
         found = (torch.ops.festina.sort_rows if is_compiling else sort_rows)(lengths, T, batch_first)
     order, packing.batch_sizes, index = found

@@ -69,6 +69,8 @@ def test_a_traced_model_runs_and_learns_at_any_size_and_lengths(variant: str) ->
     assert_same(traced(x, torch.tensor([4, 4]), resets), model(x, torch.tensor([4, 4]), resets))
     with pytest.raises(RuntimeError, match=r"lengths must lie in \[0, T\] = \[0, 4\], got \[5, 1\]"):
         traced(x, torch.tensor([5, 1]), resets)
+    with pytest.raises(RuntimeError, match=r"lengths must be \[B\] = \[2\], one for each row, got \[1\]"):
+        traced(x, torch.tensor([4]), resets)
 
 
 def test_a_traced_layer_draws_its_masks_anew() -> None:
