@@ -202,11 +202,12 @@ def check_lengths(lengths: Lengths, B: int) -> Tensor:
 def check_nested(name: str, tensor: Tensor, axes: str) -> tuple[Tensor, Tensor]:
     """The start `[B]` and the length `[B]` of each row among the values of a NestedTensor, int64 on the CPU.
 
-    torch.nested checks no offsets. While torch.compile traces, where no number is known, only the layout is checked here.
+    torch.nested checks no offsets. A compiled graph checks them when it runs.
 
     Raises:
         TypeError: the offsets or lengths are not integers.
         ValueError: another layout or other axes than `axes`, or rows that do not lie one after the other in the values.
+        RuntimeError: the last, in a compiled graph.
     """
     if tensor.layout != torch.jagged:
         raise ValueError(
@@ -221,18 +222,20 @@ def check_nested(name: str, tensor: Tensor, axes: str) -> tuple[Tensor, Tensor]:
             raise TypeError(f"the offsets and lengths of a nested {name} must be int64, got {rows.dtype}")
     starts = offsets[:-1].cpu().long()
     lengths = (offsets.diff() if lengths is None else lengths).cpu().long()
-    if not torch.compiler.is_compiling():
-        if axes.endswith("I]") and not isinstance(tensor.shape[-1], int):
-            raise ValueError(f"a nested {name} must be {axes}, ragged in its second axis, got {tensor.shape}")
-        values, fits = tensor.values().shape[0], starts.dim() == 1 and lengths.shape == starts.shape
-        if fits:
-            bounds = torch.stack([starts, starts + lengths], 1).flatten()
-            fits = not bool((bounds < 0).any() | (bounds > values).any() | (bounds.diff() < 0).any())
-        if not fits:
-            raise ValueError(
-                f"the rows of a nested {name} must lie one after the other in its {values} values, got offsets "
-                f"{offsets.tolist()} and lengths {lengths.tolist()}"
-            )
+    if starts.dim() != 1 or lengths.dim() != 1:
+        raise ValueError(f"the offsets and lengths of a nested {name} must have one axis, got {list(offsets.shape)}")
+    values = tensor.values().shape[0]
+    bounds = torch.stack([starts, starts + lengths], 1).flatten()
+    fits = (bounds >= 0).all() & (bounds <= values).all() & (bounds.diff() >= 0).all()
+    wanted = f"the rows of a nested {name} must lie one after the other in its values"
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits, wanted)
+        return starts, lengths
+    if axes.endswith("I]") and not isinstance(tensor.shape[-1], int):
+        raise ValueError(f"a nested {name} must be {axes}, ragged in its second axis, got {tensor.shape}")
+    if not fits:
+        got = f"offsets {offsets.tolist()} and lengths {lengths.tolist()}"
+        raise ValueError(f"{wanted}, of which there are {values}, got {got}")
     return starts, lengths
 
 

@@ -301,7 +301,9 @@ def _pack_nested(
             )
         starts_of_resets, lengths_of_resets = check_nested("resets", resets, "[B, j]")
         check_resets(resets.values(), resets.values().shape, "[B, j]", device)
-        if not torch.equal(lengths_of_resets, rows):
+        if torch.compiler.is_compiling():
+            torch._assert_async((lengths_of_resets == rows).all(), "resets must have the lengths of the input")
+        elif not torch.equal(lengths_of_resets, rows):
             raise ValueError(
                 f"resets must have the lengths of the input, {rows.tolist()}, got {lengths_of_resets.tolist()}"
             )

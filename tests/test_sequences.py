@@ -148,16 +148,24 @@ def test_a_nested_tensor_compiles_in_one_graph() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     for lengths in ((4, 1, 6), (2, 7, 1)):
         x = nested([torch.randn(n, I, **F64) for n in lengths])
-        (got, got_state), (want, want_state) = compiled(x), layer(x)
+        resets = nested([torch.rand(n) < 0.4 for n in lengths])
+        (got, got_state), (want, want_state) = compiled(x, resets=resets), layer(x, resets=resets)
         assert_same((got.values(), got_state), (want.values(), want_state))
+    for offsets, flags, message in (
+        ([0, 5, 3, 10], resets, "the rows of a nested input must lie one after the other"),
+        ([0, 5, 99, 10], resets, "the rows of a nested input must lie one after the other"),
+        ([0, 2, 9, 10], nested([torch.zeros(n) > 0 for n in (2, 6, 2)]), "resets must have the lengths of the input"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            compiled(nested_tensor_from_jagged(torch.randn(10, I, **F64), torch.tensor(offsets)), resets=flags)
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(
     ("offsets", "lengths", "message"),
     [
-        ([0, 5, 3, 10], None, r"one after the other in its 10 values, got offsets \[0, 5, 3, 10\]"),
-        ([0, 5, 99], None, r"in its 10 values, got offsets \[0, 5, 99\]"),
+        ([0, 5, 3, 10], None, r"one after the other in its values, of which there are 10, got offsets \[0, 5, 3, 10\]"),
+        ([0, 5, 99], None, r"in its values, of which there are 10, got offsets \[0, 5, 99\]"),
         ([0, -3, 10], None, r"got offsets \[0, -3, 10\]"),
         ([0, 5, 10], [3, 6], r"got offsets \[0, 5, 10\] and lengths \[3, 6\]"),
         ([0, 5, 10], [-1, 2], r"and lengths \[-1, 2\]"),
