@@ -174,6 +174,18 @@ def check_parameters(cell: str, norm: NormPlan, per_direction: Sequence[Paramete
     return spec, H, P
 
 
+def check_row_axes(input: Tensor) -> None:
+    """Raise unless the input of a cell has the axes of one.
+
+    Raises:
+        MismatchError: it has not.
+    """
+    if input.is_nested:
+        raise MismatchError("input must be 2-D, [B, I], or 1-D, [I], got a NestedTensor; a layer takes one")
+    if input.dim() not in (1, 2):
+        raise MismatchError(f"input must be 2-D, [B, I], or 1-D, [I], got {input.dim()}-D {list(input.shape)}")
+
+
 def check_input(steps: Tensor, input_size: int, weight: Tensor) -> None:
     """Raise unless packed steps fit the weight that they meet: size, dtype (autocast aside), device.
 
