@@ -30,8 +30,12 @@ def layer() -> festina.LSTM:
 def test_files_both_ways(tmp_path: Path, layer: festina.LSTM, suffix: str) -> None:
     path = tmp_path / f"layer{suffix}"
     state = {**layer.state_dict(), "view": torch.arange(6.0).view(2, 3).t()}
+    state["empty"] = torch.zeros(0, 3)
     files.write(path, state)
-    assert_same(files.read(path), state, rtol=0, atol=0)
+    for device in ("cpu", "meta"):
+        with torch.device(device):  # by default; nothing in a file is moved there
+            assert_same(files.read(path), state, rtol=0, atol=0)
+            files.write(path, files.read(path))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -177,7 +177,9 @@ def _safetensors() -> Any:
 
 
 def _read_safetensors(file: IO[bytes], size: int, prefix: str) -> dict[str, Tensor]:
-    with _safetensors().safe_open(file.name, framework="pt") as held:  # it compares all sizes with the file
+    with _safetensors().safe_open(
+        file.name, framework="pt", device="cpu"
+    ) as held:  # it compares all sizes with the file
         return {name: held.get_tensor(name) for name in held.keys() if name.startswith(prefix)}  # noqa: SIM118
 
 
@@ -259,7 +261,9 @@ def _materialised(held: object, data: Callable[[Storage], bytes], size: int, pre
         key = tensor.storage.key
         if key not in contents:
             content = data(tensor.storage)
-            contents[key] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0)
+            contents[key] = (
+                torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, device="cpu")
+            )
         found[name] = tensor.view(contents[key])
     return found
 
