@@ -1,6 +1,8 @@
 """Festina: layer-normalised LSTM, GRU and IndRNN for PyTorch that cost no more time than the plain ones."""
 
-from festina import backends, convert, functional, norms
+from torch.serialization import add_safe_globals
+
+from festina import backends, convert, functional, norms, spec
 from festina.cells import GRUCell, IndRNNCell, LayerNormGRUCell, LayerNormIndRNNCell, LayerNormLSTMCell, LSTMCell
 from festina.layers import GRU, LSTM, IndRNN, LayerNormGRU, LayerNormIndRNN, LayerNormLSTM
 from festina.lazy import (
@@ -54,3 +56,13 @@ __all__ = [
     "norms",
     "replace",
 ]
+
+# What a pickled layer or cell is made of, so that torch.load(weights_only=True) reads one. Each class and function checks what
+# a pickle gives it.
+add_safe_globals(
+    [
+        *(GRU, LSTM, IndRNN, LayerNormGRU, LayerNormIndRNN, LayerNormLSTM),
+        *(GRUCell, IndRNNCell, LSTMCell, LayerNormGRUCell, LayerNormIndRNNCell, LayerNormLSTMCell),
+        *(spec.restore_cell, spec.restore_layer),
+    ]
+)

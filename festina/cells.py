@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from festina import dispatch, norms, spec
-from festina.checks import MismatchError, as_flag, check_input, check_resets, check_state
+from festina.checks import as_flag, check_input, check_resets, check_row_axes, check_state
 from festina.module import RecurrentBase, leaf
 from festina.norms import NormPlan
 
@@ -122,8 +122,7 @@ class Cell(RecurrentBase, nn.RNNCellBase):
             )
             if new is not None:
                 return tuple(new) if len(new) > 1 else new[0]
-        if input.dim() not in (1, 2):
-            raise MismatchError(f"input must be 2-D, [B, I], or 1-D, [I], got {input.dim()}-D {list(input.shape)}")
+        check_row_axes(input)
         is_batched = input.dim() == 2
         steps = input if is_batched else input.unsqueeze(0)
         check_input(steps, self.input_size, parameters[0])

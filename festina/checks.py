@@ -174,6 +174,18 @@ def check_parameters(cell: str, norm: NormPlan, per_direction: Sequence[Paramete
     return spec, H, P
 
 
+def check_row_axes(input: Tensor) -> None:
+    """Raise unless the input of a cell has the axes of one.
+
+    Raises:
+        MismatchError: it has not.
+    """
+    if input.is_nested:
+        raise MismatchError("input must be 2-D, [B, I], or 1-D, [I], got a NestedTensor; a layer takes one")
+    if input.dim() not in (1, 2):
+        raise MismatchError(f"input must be 2-D, [B, I], or 1-D, [I], got {input.dim()}-D {list(input.shape)}")
+
+
 def check_input(steps: Tensor, input_size: int, weight: Tensor) -> None:
     """Raise unless packed steps fit the weight that they meet: size, dtype (autocast aside), device.
 
@@ -221,6 +233,46 @@ def check_lengths(lengths: Lengths, B: int) -> Tensor:
     if lengths.shape != (B,):
         raise MismatchError(f"lengths must be [B] = [{B}], one for each row, got {list(lengths.shape)}")
     return lengths.long()
+
+
+def check_nested(name: str, tensor: Tensor, axes: str) -> tuple[Tensor, Tensor]:
+    """The start `[B]` and the length `[B]` of each row among the values of a NestedTensor, int64 on the CPU.
+
+    torch.nested checks no offsets. A compiled graph checks them when it runs.
+
+    Raises:
+        TypeError: the offsets or lengths are not integers.
+        MismatchError: another layout or other axes than `axes`, or rows that do not lie one after the other in the values.
+        RuntimeError: the last, in a compiled graph.
+    """
+    if tensor.layout != torch.jagged:
+        raise MismatchError(
+            f"a nested {name} must have the layout torch.jagged, got {tensor.layout}; "
+            f"torch.nested.nested_tensor({name}.unbind(), layout=torch.jagged) has it"
+        )
+    if tensor.dim() != axes.count(",") + 1 or tensor.values().dim() != tensor.dim() - 1:
+        raise MismatchError(f"a nested {name} must be {axes}, got {tensor.shape}")
+    offsets, lengths = tensor.offsets(), tensor.lengths()  # type: ignore[attr-defined]
+    for rows in (offsets, lengths):
+        if rows is not None and rows.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"the offsets and lengths of a nested {name} must be int64, got {rows.dtype}")
+    starts = offsets[:-1].cpu().long()
+    lengths = (offsets.diff() if lengths is None else lengths).cpu().long()
+    if starts.dim() != 1 or lengths.dim() != 1:
+        raise MismatchError(f"the offsets and lengths of a nested {name} must have one axis, got {list(offsets.shape)}")
+    values = tensor.values().shape[0]
+    bounds = torch.stack([starts, starts + lengths], 1).flatten()
+    fits = (bounds >= 0).all() & (bounds <= values).all() & (bounds.diff() >= 0).all()
+    wanted = f"the rows of a nested {name} must lie one after the other in its values"
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits, wanted)
+        return starts, lengths
+    if axes.endswith("I]") and not isinstance(tensor.shape[-1], int):
+        raise MismatchError(f"a nested {name} must be {axes}, ragged in its second axis, got {tensor.shape}")
+    if not fits:
+        got = f"offsets {offsets.tolist()} and lengths {lengths.tolist()}"
+        raise MismatchError(f"{wanted}, of which there are {values}, got {got}")
+    return starts, lengths
 
 
 def check_resets(resets: Tensor, shape: tuple[int, ...], axes: str, device: torch.device) -> None:

@@ -37,7 +37,7 @@ def layer(
 
     Args:
         cell: a name of `festina.spec.CELLS`: `lstm`, `gru`, `indrnn`, `indrnn_relu`.
-        input: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, or a `PackedSequence`.
+        input: as in `festina.LSTM`: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, packed or nested.
         parameters: one direction's by name, or a sequence of two for a bidirectional layer. Which biases and whether
             `weight_hr` (a projection) are there says what the layer has.
         hx: h_0 `[D, B, P]`, for the LSTM (h_0, c_0 `[D, B, H]`); zeros if None. Without B for one row.

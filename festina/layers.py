@@ -103,7 +103,6 @@ class Recurrent(RecurrentBase, nn.RNNBase):
 
     __jit_unused_properties__ = ["all_weights", "_all_weights", "_flat_weights_names", "_flat_weights"]  # noqa: RUF012
     __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
-    __setstate__ = nn.Module.__setstate__
     _apply = nn.Module._apply
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
@@ -131,6 +130,16 @@ class Recurrent(RecurrentBase, nn.RNNBase):
         """The names of all parameters."""
         return [name for names in self._names for name in names]
 
+    @property
+    def _is_torchs(self) -> bool:
+        """True if torch's own kernels compute the same with the parameters."""
+        return self.norm.is_none and not self.spec.cell.diagonal
+
+    def __dir__(self) -> list[str]:
+        """What can be read: `torch.jit.trace` reads everything that is listed."""
+        names: list[str] = super().__dir__()  # type: ignore[no-untyped-call]
+        return names if self._is_torchs else [name for name in names if name != "_flat_weights"]
+
     @property  # type: ignore[override]
     def _flat_weights(self) -> tuple[Tensor, ...]:
         """All parameters, for who hands them to torch's own functions; a tuple, since a list would take what it cannot keep.
@@ -138,7 +147,7 @@ class Recurrent(RecurrentBase, nn.RNNBase):
         Raises:
             RuntimeError: the layer is none of torch's.
         """
-        if not self.norm.is_none or self.spec.cell.diagonal:
+        if not self._is_torchs:
             raise RuntimeError(
                 f"{type(self).__name__} has no _flat_weights: torch's own kernels would compute another layer with them; "
                 "all_weights has the parameters"
@@ -190,15 +199,17 @@ class Recurrent(RecurrentBase, nn.RNNBase):
         """Run over a sequence.
 
         Args:
-            input: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, or a `PackedSequence`.
+            input: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, a `PackedSequence`, or a NestedTensor
+                `[B, j, I]` of the layout torch.jagged, whose rows may be empty.
             hx: h_0 `[L·D, B, P]`, for the LSTM (h_0, c_0 `[L·D, B, H]`); without B for one row; None: zeros.
             lengths: `[B]`, the steps of each row, in any order, 0 allowed, a list or a tensor on the CPU. Steps past a row's
                 length are never read, and the output there is 0.
-            resets: `[T, B]` bool (`[B, T]` under batch_first, `[T]` for one row): the row restarts at that step. The state is
-                zeroed between steps t − 1 and t, in either direction, so that one call does the work of a call for each part.
+            resets: `[T, B]` bool (`[B, T]` under batch_first, `[T]` for one row, nested `[B, j]`): the row restarts at that
+                step. The state is zeroed between steps t − 1 and t, in either direction, so that one call does the work of a
+                call for each part.
 
         Returns:
-            output `[T, B, D·P]`, or `[B, T, D·P]`, `[T, D·P]`, a `PackedSequence`, as the input was; and h_n `[L·D, B, P]`, for
+            output `[T, B, D·P]`, or `[B, T, D·P]`, `[T, D·P]`, packed or nested, as the input was; and h_n `[L·D, B, P]`, for
             the LSTM (h_n, c_n `[L·D, B, H]`): each row's own last state, for the reverse direction the one at its first step.
 
         Raises:

@@ -20,8 +20,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
 from festina import cells, layers
-from festina.checks import MismatchError, as_count
+from festina.checks import as_count, check_row_axes
 from festina.module import PLAN_KEY, warn_of_one_feature
+from festina.sequences import pack
 
 
 class _Lazy(LazyModuleMixin):
@@ -47,16 +48,12 @@ class _Lazy(LazyModuleMixin):
             TypeError, festina.checks.MismatchError: the input tells no size. The module is as before.
         """
         loaded = not self.has_uninitialized_params()
-        sample = getattr(input, "data", input)  # a PackedSequence's
-        if not isinstance(sample, Tensor):
-            raise TypeError(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
-        if sample.dim() < 1:
-            raise MismatchError("input must have an axis of features, got a tensor without axes")
+        features = self._features(input)
         names = self._on_input()
         if loaded:
             self.input_size = self._parameters[names[0]].shape[1]
             return
-        input_size = as_count("input_size", sample.shape[-1], self.least_size)
+        input_size = as_count("input_size", features, self.least_size)
         warn_of_one_feature(self.spec, input_size, stacklevel=6)
         shape = self.spec.parameter_shapes(input_size, self.hidden_size, self.output_size)["weight_ih"]
         with torch.no_grad():
@@ -65,82 +62,98 @@ class _Lazy(LazyModuleMixin):
         self.input_size = input_size
         super().reset_parameters()  # type: ignore[misc]
 
-    def cell(self, *args: Any, **kwargs: Any) -> cells.Cell:
-        raise RuntimeError("input_size is not known yet, so that there is no cell; call the layer once before")
-
     def _save_to_state_dict(self: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         if not self.norm.is_none:
             destination[prefix + PLAN_KEY] = self.get_extra_state()
 
 
-class LazyLSTM(_Lazy, layers.LSTM):
+class _LazyLayer(_Lazy):
+    def _features(self: Any, input: Any) -> int:
+        """I of an input in any form that a layer takes; another form raises."""
+        steps, _ = pack(input, self.spec.directions, self.batch_first)
+        return steps.shape[1]
+
+    def cell(self, *args: Any, **kwargs: Any) -> cells.Cell:
+        raise RuntimeError("input_size is not known yet, so that there is no cell; call the layer once before")
+
+
+class _LazyCell(_Lazy):
+    def _features(self, input: Any) -> int:
+        """I of `[B, I]` or `[I]`; anything else raises."""
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+        check_row_axes(input)
+        return input.shape[-1]
+
+
+class LazyLSTM(_LazyLayer, layers.LSTM):
     """`festina.LSTM` without `input_size`."""
 
     cls_to_become = layers.LSTM
 
 
-class LazyLayerNormLSTM(_Lazy, layers.LayerNormLSTM):
+class LazyLayerNormLSTM(_LazyLayer, layers.LayerNormLSTM):
     """`festina.LayerNormLSTM` without `input_size`."""
 
     cls_to_become = layers.LayerNormLSTM
 
 
-class LazyGRU(_Lazy, layers.GRU):
+class LazyGRU(_LazyLayer, layers.GRU):
     """`festina.GRU` without `input_size`."""
 
     cls_to_become = layers.GRU
 
 
-class LazyLayerNormGRU(_Lazy, layers.LayerNormGRU):
+class LazyLayerNormGRU(_LazyLayer, layers.LayerNormGRU):
     """`festina.LayerNormGRU` without `input_size`."""
 
     cls_to_become = layers.LayerNormGRU
 
 
-class LazyIndRNN(_Lazy, layers.IndRNN):
+class LazyIndRNN(_LazyLayer, layers.IndRNN):
     """`festina.IndRNN` without `input_size`."""
 
     cls_to_become = layers.IndRNN
 
 
-class LazyLayerNormIndRNN(_Lazy, layers.LayerNormIndRNN):
+class LazyLayerNormIndRNN(_LazyLayer, layers.LayerNormIndRNN):
     """`festina.LayerNormIndRNN` without `input_size`."""
 
     cls_to_become = layers.LayerNormIndRNN
 
 
-class LazyLSTMCell(_Lazy, cells.LSTMCell):
+class LazyLSTMCell(_LazyCell, cells.LSTMCell):
     """`festina.LSTMCell` without `input_size`."""
 
     cls_to_become = cells.LSTMCell
 
 
-class LazyLayerNormLSTMCell(_Lazy, cells.LayerNormLSTMCell):
+class LazyLayerNormLSTMCell(_LazyCell, cells.LayerNormLSTMCell):
     """`festina.LayerNormLSTMCell` without `input_size`."""
 
     cls_to_become = cells.LayerNormLSTMCell
 
 
-class LazyGRUCell(_Lazy, cells.GRUCell):
+class LazyGRUCell(_LazyCell, cells.GRUCell):
     """`festina.GRUCell` without `input_size`."""
 
     cls_to_become = cells.GRUCell
 
 
-class LazyLayerNormGRUCell(_Lazy, cells.LayerNormGRUCell):
+class LazyLayerNormGRUCell(_LazyCell, cells.LayerNormGRUCell):
     """`festina.LayerNormGRUCell` without `input_size`."""
 
     cls_to_become = cells.LayerNormGRUCell
 
 
-class LazyIndRNNCell(_Lazy, cells.IndRNNCell):
+class LazyIndRNNCell(_LazyCell, cells.IndRNNCell):
     """`festina.IndRNNCell` without `input_size`."""
 
     cls_to_become = cells.IndRNNCell
 
 
-class LazyLayerNormIndRNNCell(_Lazy, cells.LayerNormIndRNNCell):
+class LazyLayerNormIndRNNCell(_LazyCell, cells.LayerNormIndRNNCell):
     """`festina.LayerNormIndRNNCell` without `input_size`."""
 
     cls_to_become = cells.LayerNormIndRNNCell

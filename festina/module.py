@@ -26,6 +26,7 @@ from festina.checks import (
 )
 from festina.norms import NormPlan
 from festina.spec import CellSpec, LayerSpec
+from festina.tooling import Tooling
 
 # Under this name of torch's a module saves more than tensors; here, its norm plan.
 PLAN_KEY = "_extra_state"
@@ -38,7 +39,7 @@ MOST_PLAN_BYTES = 4096
 """The longest plan that is read."""
 
 
-class RecurrentBase(nn.Module):
+class RecurrentBase(Tooling, nn.Module):
     """A module with the parameters of one recurrent cell for each layer and direction.
 
     Subclasses name their cell, and the default plan and forget bias. They inherit from `torch.nn`'s class of their name too,

@@ -17,9 +17,9 @@ from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
-from festina import backends
+from festina import backends, flops
 from festina.call import Call, Outputs
-from festina.checks import check_call, check_tensors
+from festina.checks import check_call, check_lengths, check_tensors
 from festina.sequences import sort_rows
 from festina.spec import LayerSpec
 
@@ -31,6 +31,10 @@ _CALL = (
 library = torch.library.Library("festina", "DEF")
 library.define(
     "sort_rows(Tensor lengths, SymInt T, bool batch_first) -> (Tensor order, Tensor batch_sizes, Tensor index)"
+)
+library.define(  # for torch.jit.trace, which writes every int into the graph as a constant
+    "sort_rows.traced(Tensor lengths, Tensor T, Tensor B, bool batch_first) "
+    "-> (Tensor order, Tensor batch_sizes, Tensor index)"
 )
 library.define(f"recurrence({_CALL}) -> (Tensor output, Tensor[] state_n)")
 library.define(f"recurrence_train({_CALL}) -> (Tensor output, Tensor[] state_n, Tensor[] saved)")
@@ -113,6 +117,7 @@ def _outputs(output: Tensor, state_n: Sequence[Tensor]) -> Outputs:
 
 def recurrence(call: Call, backend: str) -> Outputs:
     """Carry out a call by the operator."""
+    flops.register()
     return _outputs(*torch.ops.festina.recurrence(*arguments(call, backend)))
 
 
@@ -120,6 +125,7 @@ def train(backend: backends.Backend, call: Call, watched: bool) -> tuple[Outputs
     """Carry out a call in training, by the operator if it is watched: the outputs, and what `backward` needs besides."""
     if not watched:
         return backend.forward_train(call)
+    flops.register()
     with torch._C._AutoDispatchBelowAutograd():
         output, state_n, saved = torch.ops.festina.recurrence_train(*arguments(call, backend.name))
     return _outputs(output, state_n), saved
@@ -157,6 +163,7 @@ def backward(
     d_all = (*d_outputs, None)[:3]
     if not watched:
         return backend.backward(call, output, saved, d_all, wanted)
+    flops.register()
     found = torch.ops.festina.recurrence_backward(*arguments(call, backend.name), output, saved, *d_all, wanted)
     return [gradient if want else None for gradient, want in zip(found, wanted, strict=True)]
 
@@ -261,6 +268,15 @@ def _sort_rows_fake(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor,
     return torch.empty_like(lengths), lengths.new_empty(longest), lengths.new_empty(valid)
 
 
+def _sort_rows_traced(lengths: Tensor, T: Tensor, B: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A traced graph holds no check, so that one on B belongs here."""
+    return sort_rows(check_lengths(lengths, int(B)), int(T), batch_first)
+
+
+def _sort_rows_traced_fake(lengths: Tensor, T: Tensor, B: Tensor, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return _sort_rows_fake(lengths, 0, batch_first)
+
+
 # When a call takes the operator, and when only the reference serves.
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -297,6 +313,7 @@ def has_tangents(tensors: Iterable[Tensor]) -> bool:
 
 for _name, _kernel, _fake in (
     ("sort_rows", sort_rows, _sort_rows_fake),
+    ("sort_rows.traced", _sort_rows_traced, _sort_rows_traced_fake),
     ("recurrence", _recurrence, _recurrence_fake),
     ("recurrence_train", _recurrence_train, _recurrence_train_fake),
     ("recurrence_backward", _recurrence_backward, _recurrence_backward_fake),

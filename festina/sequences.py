@@ -1,4 +1,4 @@
-"""From the user's sequences (padded, unbatched or packed, with lengths and resets) to the one packed layout, and back.
+"""From the user's sequences (padded, unbatched, packed or nested, with lengths and resets) to the one packed layout, and back.
 
 Packed means: rows sorted by length, longest first, and for each step the rows that still run, one after the other, as in
 `torch.nn.utils.rnn.PackedSequence`. A batch whose rows all run to the end is packed as it stands.
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
-from festina.checks import Lengths, MismatchError, check_lengths, check_resets, check_state
+from festina.checks import Lengths, MismatchError, check_lengths, check_nested, check_resets, check_state
 from festina.spec import CellSpec
 
 InitialState = Tensor | tuple[Tensor, Tensor]
@@ -37,7 +37,8 @@ class Packing:
         is_active: `[T, B]` bool, which rows run, inside an ONNX export (`festina.backends.export`): nothing is packed there.
         resets: `[D, N]` bool, as `festina.call.Call` takes it, or None.
         order: `[B]`, the row of the batch that each packed row is; None if rows kept their places.
-        index: `[N]`, the place of each packed step in the flattened batch; None if nothing moved.
+        index: `[N]`, the place of each packed step in the flattened batch, or among the values of a NestedTensor; None if
+            nothing moved.
     """
 
     T: int
@@ -53,8 +54,8 @@ class Packing:
 
     def pack(self, padded: Tensor) -> Tensor:
         """A batch `[T, B, W]` (`[B, T, W]` under batch_first) as packed steps `[N, W]`."""
-        if isinstance(self.like, PackedSequence):
-            index = _places(self.like, _lengths(self.like), self.batch_first)
+        if isinstance(self.like, PackedSequence) or self.like.is_nested:
+            index = self.places(self.batch_first).to(padded.device)
             return padded.reshape(self.T * self.B, padded.shape[2]).index_select(0, index)
         if self.index is not None:
             return padded.reshape(self.T * self.B, padded.shape[2]).index_select(0, self.index)
@@ -66,6 +67,13 @@ class Packing:
         """A packed output `[N, W]` in the form that the input had; steps past a row's length are 0."""
         if isinstance(self.like, PackedSequence):
             return PackedSequence(packed, self.like.batch_sizes, self.like.sorted_indices, self.like.unsorted_indices)
+        if self.like.is_nested:
+            assert self.index is not None
+            values = packed.new_zeros(self.like.values().shape[0], packed.shape[1]).index_copy(0, self.index, packed)
+            # The same offsets make the same ragged size: the output can be added to what has the size of the input.
+            longest = None if torch.compiler.is_compiling() else self.T
+            offsets, lengths = self.like.offsets(), self.like.lengths()  # type: ignore[attr-defined]
+            return torch.nested.nested_tensor_from_jagged(values, offsets, lengths, max_seqlen=longest)
         axes = (self.B, self.T) if self.batch_first else (self.T, self.B)
         if self.index is not None:
             flat = packed.new_zeros(self.T * self.B, packed.shape[1]).index_copy(0, self.index, packed)
@@ -74,6 +82,15 @@ class Packing:
             output = packed.view(self.T, self.B, packed.shape[1])
             output = output.transpose(0, 1) if self.batch_first else output
         return output if self.is_batched else output.squeeze(0 if self.batch_first else 1)
+
+    def places(self, batch_first: bool) -> Tensor:
+        """`[N]`, the place of each packed step in a flattened batch of T steps and B rows; on the CPU.
+
+        For input that is not padded: its `batch_sizes` and `order` say which steps there are.
+        """
+        assert self.batch_sizes is not None
+        order = torch.arange(self.B, device="cpu") if self.order is None else self.order.cpu()
+        return _index(_lengths(self.batch_sizes, self.B), order, self.T, self.B, batch_first)
 
     def initial_state(
         self,
@@ -132,6 +149,18 @@ def sort_rows(lengths: Tensor, T: int, batch_first: bool) -> tuple[Tensor, Tenso
     return order, (steps.unsqueeze(1) < by_length).sum(1), _index(by_length, order, T, B, batch_first)
 
 
+def _sorted(lengths: Tensor, T: int, B: int, batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`sort_rows`, by the operator if a graph is made."""
+    if torch.compiler.is_compiling():
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.festina.sort_rows(lengths, T, batch_first)
+        return found
+    if _get_tracing_state() is not None:
+        sizes = [torch.as_tensor(size, device="cpu") for size in (T, B)]
+        found = torch.ops.festina.sort_rows.traced(lengths, *sizes, batch_first)
+        return found
+    return sort_rows(lengths, T, batch_first)
+
+
 def _index(lengths: Tensor, order: Tensor, T: int, B: int, batch_first: bool) -> Tensor:
     """The place of each packed step in the flattened batch; `lengths` in packed order."""
     t = torch.arange(T, device=lengths.device).unsqueeze(1)
@@ -139,17 +168,9 @@ def _index(lengths: Tensor, order: Tensor, T: int, B: int, batch_first: bool) ->
     return places[t < lengths]
 
 
-def _lengths(packed: PackedSequence) -> Tensor:
-    """The length of each row of a `PackedSequence`, longest first."""
-    sizes = packed.batch_sizes
-    return (sizes.unsqueeze(1) > torch.arange(int(sizes[0]), device=sizes.device)).sum(0)
-
-
-def _places(packed: PackedSequence, by_length: Tensor, batch_first: bool) -> Tensor:
-    """The place of each step of a `PackedSequence` in the flattened batch."""
-    T, B = len(packed.batch_sizes), len(by_length)
-    order = torch.arange(B, device=by_length.device) if packed.sorted_indices is None else packed.sorted_indices.cpu()
-    return _index(by_length, order, T, B, batch_first).to(packed.data.device)
+def _lengths(batch_sizes: Tensor, B: int) -> Tensor:
+    """The length of each of B rows, longest first."""
+    return (batch_sizes.unsqueeze(1) > torch.arange(B, device=batch_sizes.device)).sum(0)
 
 
 def _directed(resets: Tensor, lengths: Tensor | None, directions: int) -> Tensor:
@@ -161,7 +182,7 @@ def _directed(resets: Tensor, lengths: Tensor | None, directions: int) -> Tensor
     if directions == 1:
         return resets.unsqueeze(0)
     if lengths is not None:
-        steps = torch.arange(len(resets), device=lengths.device)
+        steps = torch.arange(resets.shape[0], device=lengths.device)
         resets = resets & (steps.unsqueeze(1) < lengths).to(resets.device)
     return torch.stack([resets, torch.cat([resets[1:], torch.zeros_like(resets[:1])])])
 
@@ -185,11 +206,13 @@ def pack(
     """The packed steps `[N, I]` of `input`, and the `Packing` that undoes it.
 
     Args:
-        input: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, or a `PackedSequence`.
+        input: `[T, B, I]`, `[B, T, I]` under batch_first, `[T, I]` for one row, a `PackedSequence`, or a NestedTensor
+            `[B, j, I]` of the layout torch.jagged.
         directions: 1 or 2.
         batch_first: the batch axis comes first, in `input`, `resets` and the output.
         lengths: `[B]`, steps of each row, in any order, 0 allowed; on the CPU, or a list.
-        resets: `[T, B]` (or `[B, T]`, or `[T]` for one row) bool: the row restarts from zero at that step.
+        resets: `[T, B]` (or `[B, T]`, or `[T]` for one row; nested `[B, j]` if the input is) bool: the row restarts from
+            zero at that step.
 
     Raises:
         TypeError: input, lengths or resets are of a wrong type.
@@ -199,6 +222,8 @@ def pack(
         return _pack_packed(input, directions, batch_first, lengths, resets)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
+    if input.is_nested:
+        return _pack_nested(input, directions, batch_first, lengths, resets)
     if input.dim() not in (2, 3):
         raise MismatchError(
             f"input must be 3-D, {'[B, T, I]' if batch_first else '[T, B, I]'}, or 2-D, [T, I], for one row; "
@@ -221,18 +246,18 @@ def pack(
         resets = resets.view(shape).t() if batch_first else resets.view(shape)
 
     is_compiling = torch.compiler.is_compiling()
+    is_traced = _get_tracing_state() is not None
     if lengths is not None and is_compiling and torch.onnx.is_in_onnx_export():
         packing.is_active = torch.arange(T, device=lengths.device).unsqueeze(1) < lengths
         packing.resets = None if resets is None else _directed(resets, lengths, directions).flatten(1)
         return packing.pack(batched), packing
     with _out_of_sight():
-        is_ragged = lengths is not None and (is_compiling or bool((lengths != T).any()))
+        is_ragged = lengths is not None and (is_compiling or is_traced or bool((lengths != T).any()))
     if lengths is None or not is_ragged:
         packing.resets = None if resets is None else _directed(resets, None, directions).flatten(1)
         return packing.pack(batched), packing
-    sort = torch.ops.festina.sort_rows if is_compiling else sort_rows
     with _out_of_sight():
-        order, packing.batch_sizes, index = sort(lengths, T, batch_first)
+        order, packing.batch_sizes, index = _sorted(lengths, T, B, batch_first)
     packing.order, packing.index = order.to(input.device), index.to(input.device)
     if resets is not None:
         steps = packing.index
@@ -261,7 +286,53 @@ def _pack_packed(
         shape, axes = ((B, T), "[B, T]") if batch_first else ((T, B), "[T, B]")
         check_resets(resets, shape, axes, input.data.device)
         resets = resets.t() if batch_first else resets
-        by_length = _lengths(input)
+        by_length = _lengths(input.batch_sizes, B)
         lengths = by_length if input.unsorted_indices is None else by_length[input.unsorted_indices.cpu()]
-        packing.resets = _directed(resets, lengths, directions).flatten(1)[:, _places(input, by_length, False)]
+        places = packing.places(batch_first=False).to(input.data.device)
+        packing.resets = _directed(resets, lengths, directions).flatten(1)[:, places]
     return input.data, packing
+
+
+def _pack_nested(
+    input: Tensor, directions: int, batch_first: bool, lengths: Lengths | None, resets: Tensor | None
+) -> tuple[Tensor, Packing]:
+    if lengths is not None:
+        raise MismatchError("a NestedTensor holds its own lengths; give lengths with a padded tensor only")
+    values, device = input.values(), input.device
+    stride = values.shape[0] + 1  # in a batch of so many steps every row would fit
+    with _out_of_sight():
+        starts, rows = check_nested("input", input, "[B, j, I]")
+        order, batch_sizes, index = _sorted(rows, stride, rows.shape[0], True)
+
+    def places(starts: Tensor) -> Tensor:
+        return (starts[index // stride] + index % stride).to(device)
+
+    index_of_values = places(starts)
+    packing = Packing(
+        T=batch_sizes.shape[0],
+        B=rows.shape[0],
+        like=input,
+        batch_first=batch_first,
+        batch_sizes=batch_sizes,
+        order=order.to(device),
+        index=index_of_values,
+    )
+    if resets is not None:
+        if not (isinstance(resets, Tensor) and resets.is_nested):
+            raise TypeError(
+                "resets must be nested as the input is, [B, j]; "
+                "torch.nested.nested_tensor_from_jagged(flags, input.offsets()) makes them from a flag for each step"
+            )
+        starts_of_resets, lengths_of_resets = check_nested("resets", resets, "[B, j]")
+        check_resets(resets.values(), resets.values().shape, "[B, j]", device)
+        if torch.compiler.is_compiling():
+            torch._assert_async((lengths_of_resets == rows).all(), "resets must have the lengths of the input")
+        elif not torch.equal(lengths_of_resets, rows):
+            raise MismatchError(
+                f"resets must have the lengths of the input, {rows.tolist()}, got {lengths_of_resets.tolist()}"
+            )
+        padded = resets.values().new_zeros(packing.T * packing.B)
+        at = packing.places(batch_first=False).to(device)
+        padded[at] = resets.values()[places(starts_of_resets)]
+        packing.resets = _directed(padded.view(packing.T, packing.B), rows, directions).flatten(1)[:, at]
+    return values.index_select(0, index_of_values), packing

@@ -45,6 +45,9 @@ class CellSpec:
     def __hash__(self) -> int:
         return hash(self.name)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restore_cell, (self.name,)
+
     def rows(self, gate: str, hidden_size: int) -> slice:
         """The rows of `gate` in a `[G·H, ...]` parameter.
 
@@ -177,6 +180,10 @@ class LayerSpec:
     def __hash__(self) -> int:
         return hash(self.token)  # a string keeps its hash, and every call asks for this one
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        plan = self.plan
+        return restore_layer, (self.cell.name, plan.to_dict(), plan.name, self.bias, self.projected, self.directions)
+
     def parameter_shapes(self, I: int, H: int, P: int) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of one direction, `torch.nn`'s first and in its order.
 
@@ -238,3 +245,33 @@ class LayerSpec:
             raise ValueError(
                 f"token must be that of a LayerSpec, got {reprlib.repr(token)}: {type(error).__name__}: {error}"
             ) from None
+
+
+# Pickles hold no field of a spec, only the arguments of these functions, which check them: whoever wrote the pickle, kernels
+# get a spec of which the fields agree.
+
+
+def restore_cell(name: str) -> CellSpec:
+    """The cell of this name, for pickles.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(name, str) or name not in CELLS:
+        raise ValueError(f"a pickled cell must be one of {', '.join(map(repr, CELLS))}, got {name!r}")
+    return CELLS[name]
+
+
+def restore_layer(
+    cell: str, plan: dict[str, Any], name: str | None, bias: bool, projected: bool, directions: int
+) -> LayerSpec:
+    """The layer with these fields, for pickles; `name` is that of the plan, and is dropped if the plan is another one.
+
+    Raises:
+        TypeError, ValueError: they are not those of a layer.
+    """
+    spec = LayerSpec(restore_cell(cell), NormPlan.from_dict(plan), bias, projected, directions)
+    named = PLANS.get(name) if isinstance(name, str) else None
+    if named is not None and spec.cell.admits(named) and spec.cell.fit(named) == spec.plan:
+        spec = replace(spec, plan=named)
+    return spec

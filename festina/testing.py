@@ -129,7 +129,7 @@ class Case:
                 for _ in range(D)
                 for name, shape in layer.parameter_shapes(self.I, H, P).items()
             ),
-            batch_sizes=torch.tensor(sizes) if {"ragged", "idle"} & set(self.features) else None,
+            batch_sizes=torch.tensor(sizes, device="cpu") if {"ragged", "idle"} & set(self.features) else None,
             resets=draw.mask(0.3, D, N) if "resets" in self.features else None,
             zoneout_mask=draw.mask(0.4, D, N, P) if "zoneout" in self.features else None,
             zoneout_cell_mask=draw.mask(0.4, D, N, H) if "zoneout_cell" in self.features else None,
@@ -163,17 +163,17 @@ class _Draw:
     """Random tensors, one after the other from one seed."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self.dtype, self.device = dtype, device
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
-        values = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        values = torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
         return (mean + scale * values).to(self.dtype).to(self.device)
 
     def mask(self, rate: float, directions: int, *shape: int) -> Tensor:
         """True in `rate` of each direction's places and in one at least: a mask that is never set tests nothing."""
         size = math.prod(shape)
-        order = torch.stack([torch.randperm(size, generator=self.generator) for _ in range(directions)])
+        order = torch.stack([torch.randperm(size, generator=self.generator, device="cpu") for _ in range(directions)])
         return (order < max(1, round(rate * size))).view(directions, *shape).to(self.device)
 
     def parameter(self, name: str, shape: tuple[int, ...]) -> Tensor:

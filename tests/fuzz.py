@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import torch
 from cases import TYPICAL, plans
 from samples import listed
@@ -323,11 +324,15 @@ def damaged(rng: Rng, data: bytes) -> bytes:
 
 def read_files(rng: Rng) -> None:
     """A damaged file is read, or refused with an error that names it."""
-    suffix = rng.choice([".pt", ".npz", ".safetensors"])
+    suffix = rng.choice([".pt", ".npz", ".safetensors", ".h5"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"layer{suffix}"
         state = {"weight": torch.randn(3, 4), "nested.bias": torch.randn(5), "count": torch.arange(3)}
-        files.write(path, state)
+        if suffix == ".h5":
+            with h5py.File(path, "w") as file:
+                file.update({name: tensor.numpy() for name, tensor in state.items()})
+        else:
+            files.write(path, state)
         path.write_bytes(damaged(rng, path.read_bytes()))
         try:
             found = files.read(path)

@@ -218,6 +218,22 @@ def test_lengths_and_zoneout_together() -> None:
 
 
 @every_type
+def test_a_default_device_moves_no_tensor_of_a_call(name: str) -> None:
+    """Masks, lengths and states are where the input is."""
+    T, B, I, H = SMALL
+    rnn, x = trained(TYPES[name](I, H, zoneout=0.3)), torch.rand(T, B, I)
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            torch.manual_seed(1)
+            found.append(run(rnn, x, None, [7, 2, 3]))
+            rnn.return_state_sequence = True
+            found[-1] += run(rnn, x)
+            rnn.return_state_sequence = False
+    assert_same(*found, rtol=0, atol=0)
+
+
+@every_type
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_return_state_sequence(name: str, batch_first: bool) -> None:
     T, B, I, H = SMALL

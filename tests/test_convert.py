@@ -231,6 +231,21 @@ def test_haste_round_trip_is_exact(name: str) -> None:
     assert_same(dumped, params, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", convert.names())
+def test_a_default_device_moves_no_tensor(name: str) -> None:
+    """Tensors keep their device, and arrays become tensors of the CPU; under another default device too."""
+    table = convert.table(name)
+    kind, plan = {"lstm": festina.LSTM, "gru": festina.GRU}.get(table.cell.name, festina.IndRNN), table.plan
+    state = convert.dump(name, kind(I, H, **({} if plan is None else {"norm": plan})))
+    arrays = {key: tensor.numpy() for key, tensor in state.items()}
+    with torch.device("meta"):
+        for given in (state, arrays):
+            layer = convert.load(name, given)
+            assert_same(convert.dump(name, layer), state, rtol=0, atol=0)
+        if name.startswith("torch."):
+            assert_same(dict(convert.to_torch(layer).state_dict()), state, rtol=0, atol=0)
+
+
 TORCH = [("LSTM", {}), ("LSTM", {"proj_size": 4}), ("LSTM", {"bias": False}), ("GRU", {})]
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -30,8 +32,12 @@ def layer() -> festina.LSTM:
 def test_files_both_ways(tmp_path: Path, layer: festina.LSTM, suffix: str) -> None:
     path = tmp_path / f"layer{suffix}"
     state = {**layer.state_dict(), "view": torch.arange(6.0).view(2, 3).t()}
+    state["empty"] = torch.zeros(0, 3)
     files.write(path, state)
-    assert_same(files.read(path), state, rtol=0, atol=0)
+    for device in ("cpu", "meta"):
+        with torch.device(device):  # by default; nothing in a file is moved there
+            assert_same(files.read(path), state, rtol=0, atol=0)
+            files.write(path, files.read(path))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -126,6 +132,57 @@ def test_damaged_files_are_named(tmp_path: Path, suffix: str) -> None:
 def test_bfloat16_and_npz(tmp_path: Path) -> None:
     with pytest.raises(files.FileError, match="no bfloat16, the dtype of w"):
         files.write(tmp_path / "a.npz", {"w": torch.ones(2, dtype=torch.bfloat16)})
+
+
+def weights_of_keras(path: Path, scope: str, variables: Mapping[str, Tensor], dtype: str = "<f8") -> None:
+    """A file as Keras writes it: a group for each part of a name, some texts, other layers' variables."""
+    with h5py.File(path, "w") as file:
+        for name, tensor in variables.items():
+            file[f"{scope}/{name}"] = tensor.numpy().astype(dtype)
+        file.attrs["keras_version"] = "3.8.0"
+        file["layers/dense/vars/0"] = np.zeros((5, 2), "f4")
+        file["layers/dense/names"] = "kernel"
+        file.create_group("optimizer")
+
+
+@pytest.mark.parametrize(
+    ("path", "scope", "names", "prefix", "dtype"),
+    [
+        ("a.weights.h5", "layers/lstm/cell/vars", ("0", "1", "2"), "layers/lstm/", "<f8"),
+        ("a.h5", "lstm/lstm/lstm_cell", ("kernel:0", "recurrent_kernel:0", "bias:0"), "lstm/", ">f4"),
+        ("a.hdf5", "m/lstm/cell", ("kernel", "recurrent_kernel", "bias"), "m/l", "<f2"),
+    ],
+    ids=["Keras 3", "Keras 2", "float16"],
+)
+def test_files_of_keras(
+    tmp_path: Path, capsys: Any, path: str, scope: str, names: Any, prefix: str, dtype: str
+) -> None:
+    layer = festina.LSTM(3, 5, dtype=torch.float64)
+    dumped = convert.dump("keras.LSTM", layer)
+    keys = ("kernel", "recurrent_kernel", "bias")
+    variables = {name: dumped[key] for name, key in zip(names, keys)}
+    weights_of_keras(tmp_path / path, scope, variables, dtype)
+    out = tmp_path / "out.npz"
+    assert cli.main(["convert", "keras.LSTM", str(tmp_path / path), str(out), "--prefix", prefix]) == 0
+    assert "LSTM(3, 5)" in capsys.readouterr().out
+    got = files.read(out)
+    assert {tensor.dtype for tensor in got.values()} == {getattr(torch, f"float{8 * int(dtype[2])}")}
+    want = convert.load(
+        "keras.LSTM", {key: tensor.numpy().astype(dtype) for key, tensor in dumped.items()}
+    ).state_dict()
+    assert_same(got, dict(want), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("suffix", "package"), [(".safetensors", "safetensors"), (".h5", "h5py")])
+def test_a_missing_package_is_named(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, suffix: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / f"a{suffix}").write_bytes(bytes(9))
+    assert cli.main(["convert", "keras.LSTM", str(tmp_path / f"a{suffix}"), str(tmp_path / "out.pt")]) == 2
+    error = capsys.readouterr().err
+    assert f"needs the package {package}" in error
+    assert "pip install 'festina[convert]'" in error
 
 
 def test_missing_safetensors_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

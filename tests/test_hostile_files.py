@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -312,9 +313,97 @@ SAFETENSORS: dict[str, Make] = {
     "nan": lambda path: files.write(path, {**weights(), "bias": set_to(float("nan"), weights()["bias"])}),
 }
 
+
+# HDF5.
+
+
+def hdf5(add: Callable[[Any], Any], path: Path) -> None:
+    """The weights of haste's GRU without its bias, and what `add` does to the file."""
+    with h5py.File(path, "w") as file:
+        for name, tensor in weights().items():
+            if name != "bias":
+                file[name] = tensor.numpy()
+        add(file)
+
+
+def plain(file: Any) -> None:
+    file["bias"] = weights()["bias"].numpy()
+
+
+def dataset(*shape: Any, **options: Any) -> Make:
+    return partial(hdf5, lambda file: file.create_dataset("bias", *shape, **options))
+
+
+def linked(kind: Callable[[str], Any], path: Path) -> None:
+    """The bias is a link, which would find one."""
+    with h5py.File(path.with_name("other.h5"), "w") as other:
+        plain(other)
+    hdf5(lambda file: file.update({"title": weights()["bias"].numpy()}), path)
+    with h5py.File(path, "a") as file:
+        file["bias"] = kind(str(path.with_name("other.h5")))
+
+
+def stored_outside(path: Path) -> None:
+    path.with_name("bytes").write_bytes(bytes(60))
+    dataset((15,), "f4", external=[(str(path.with_name("bytes")), 0, 60)])(path)
+
+
+def virtual(path: Path) -> None:
+    layout = h5py.VirtualLayout((15,), "f4")
+    layout[:] = h5py.VirtualSource(str(path.with_name("other.h5")), "bias", (15,))
+    hdf5(lambda file: file.create_virtual_dataset("bias", layout), path)
+
+
+def itself(file: Any) -> None:
+    """A group that holds itself, twice."""
+    group = file.create_group("a")
+    group["b"] = group["c"] = group
+
+
+def hdf5_nested(file: Any) -> None:
+    for _ in range(150):
+        file = file.create_group("a")
+
+
+HDF5: dict[str, Make] = {
+    "text": text,
+    "empty": Path.touch,
+    "half": partial(cut, partial(hdf5, plain), lambda n: n // 2),
+    "but a byte": partial(cut, partial(hdf5, plain), lambda n: n - 1),
+    "signature alone": partial(cut, partial(hdf5, plain), lambda n: 8),
+    "4 TiB": dataset((TIB,), "f4"),
+    "4 TiB of axes": dataset((2**20, 2**20), "f4"),
+    "overflow": dataset((2**60, 2**10), "f4"),
+    "4 TiB in chunks": dataset((TIB,), "f4", chunks=(4,)),
+    "a chunk of 2 GiB": dataset((4,), "f4", chunks=(2**29,), maxshape=(None,)),
+    "bomb": dataset(data=np.zeros(2**23, "f4"), chunks=(2**20,), compression="gzip"),
+    "filter": dataset(data=np.zeros(15, "f4"), chunks=(15,), compression="lzf"),
+    "link": partial(linked, lambda other: h5py.SoftLink("/title")),
+    "link to nothing": partial(linked, lambda other: h5py.SoftLink("/none")),
+    "link to itself": partial(linked, lambda other: h5py.SoftLink("/bias")),
+    "link to another file": partial(linked, lambda other: h5py.ExternalLink(other, "/bias")),
+    "link to a device": partial(linked, lambda other: h5py.ExternalLink("/dev/stdin", "/bias")),
+    "values in another file": stored_outside,
+    "values of another dataset": virtual,
+    "group in itself": partial(hdf5, itself),
+    "groups 150 deep": partial(hdf5, hdf5_nested),
+    "no values": dataset(data=h5py.Empty("f4")),
+    "records": dataset(data=np.zeros(15, [("a", "f4"), ("b", "i4")])),
+    "opaque": dataset(data=np.zeros(15, "V2")),
+    "references": partial(hdf5, lambda file: file.create_dataset("bias", data=file.ref, dtype=h5py.ref_dtype)),
+    "words": dataset(data=["a"] * 15, dtype=h5py.string_dtype()),
+    "a type by name": partial(hdf5, lambda file: file.update({"bias": np.dtype("f4")})),
+    "long double": dataset(data=np.zeros(15, np.longdouble)),
+    "complex": dataset(data=np.zeros(15, np.complex64)),
+    "integers": dataset(data=np.zeros(15, np.int64)),
+    "no elements": dataset((TIB, 0), "f4"),
+    "nan": dataset(data=np.full(15, np.nan, "f4")),
+    "a name of no text": partial(hdf5, lambda file: file.update({b"\xff\n": np.zeros(2)})),
+}
+
 TABLE = [
     pytest.param(suffix, make, id=f"{suffix}-{name}")
-    for suffix, table in ((".pt", PT), (".npz", NPZ), (".safetensors", SAFETENSORS))
+    for suffix, table in ((".pt", PT), (".npz", NPZ), (".safetensors", SAFETENSORS), (".h5", HDF5))
     for name, make in table.items()
 ]
 
@@ -433,7 +522,7 @@ INPUTS: dict[str, Make] = {"missing": lambda path: None, "folder": Path.mkdir, "
 
 
 @pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
-@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".safetensors", ".h5"])
 def test_inputs_that_are_no_files(tmp_path: Path, capsys: Any, suffix: str, make: Make) -> None:
     source = tmp_path / f"in{suffix}"
     make(source)
@@ -449,6 +538,7 @@ def test_inputs_that_are_no_files(tmp_path: Path, capsys: Any, suffix: str, make
         ("pipe.pt", "must be a regular file"),
         ("loop.pt", "symbolic links"),
         ("out.txt", "must end in .safetensors"),
+        ("out.h5", "must end in .safetensors, .pt, .pth, .bin, .ckpt, .npz: files in .h5 are only read"),
     ],
 )
 def test_outputs_that_cannot_be_written(tmp_path: Path, capsys: Any, output: str, text: str) -> None:

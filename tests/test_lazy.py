@@ -23,7 +23,10 @@ CELLS = [cls for name, cls in vars(lazy).items() if name.startswith("Lazy") and 
 each = pytest.mark.parametrize("cls", [*LAYERS, *CELLS], ids=lambda cls: cls.__name__)
 
 # The hook that makes parameters says so, as torch's lazy modules do.
-pytestmark = pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Lazy modules are a new feature"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+]
 
 
 def first(result: Any) -> Tensor:
@@ -75,7 +78,8 @@ def test_a_state_dict_makes_the_module(cls: Any) -> None:
 
 @pytest.mark.parametrize("cls", LAYERS, ids=lambda cls: cls.__name__)
 def test_every_form_of_input_tells_the_size(cls: Any) -> None:
-    for x in (pack_sequence([torch.randn(3, I), torch.randn(1, I)]), torch.randn(4, I)):
+    rows = [torch.randn(3, I), torch.randn(1, I)]
+    for x in (pack_sequence(rows), torch.nested.nested_tensor(rows, layout=torch.jagged), torch.randn(4, I)):
         module = cls(H)
         module(x)
         assert module.input_size == I
@@ -89,8 +93,15 @@ def test_a_wrong_first_call_leaves_the_module_lazy(cls: Any) -> None:
     module = cls(H)
     with pytest.raises(TypeError, match="input must be a Tensor"):
         module([1.0])
-    with pytest.raises(checks.MismatchError, match="input must have an axis of features"):
-        module(torch.zeros(()))
+    rows = [torch.zeros(3, 1), torch.zeros(2, 1)]
+    nested = [
+        torch.nested.nested_tensor(rows),
+        torch.nested.nested_tensor([row.T for row in rows], layout=torch.jagged),  # features are ragged
+        torch.nested.nested_tensor([row[:, 0] for row in rows], layout=torch.jagged),
+    ]
+    for wrong in (torch.zeros(()), torch.zeros(2, 2, 2, 2), *nested):
+        with pytest.raises(checks.MismatchError, match=r"input must (be|have the layout)"):
+            module(wrong)
     if cls in LAYERS:
         with pytest.raises(ValueError, match="input_size must be at least 1, got 0"):
             module(torch.zeros(4, 2, 0))

@@ -100,6 +100,14 @@ def test_a_normalised_layer_gives_nobody_flat_weights(theirs: Any, ours: Any) ->
         ours(I, H)._flat_weights  # noqa: B018
 
 
+@each(*LAYERS, *CELLS)
+def test_what_is_listed_can_be_read(theirs: Any, ours: Any) -> None:
+    """`torch.jit.trace` reads all that `dir` lists, as debuggers and documentation tools do."""
+    module = ours(I, H)
+    unset = [name for name in dir(module) if not hasattr(module, name)]  # raises nothing but AttributeError
+    assert set(unset) <= {"qconfig", "__abstractmethods__"}
+
+
 @each(*LAYERS[:4])
 @pytest.mark.parametrize("batch_first", [False, True], ids=["T-B", "B-T"])
 def test_methods_of_torchs_layer(theirs: Any, ours: Any, batch_first: bool) -> None:
@@ -273,6 +281,10 @@ def test_a_default_device_moves_no_index(bidirectional: bool) -> None:
     x, lengths = torch.randn(T, B, I), [5, 2, 3]
     resets = torch.rand(T, B) < 0.3
     packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False)
+    offsets = torch.tensor([0, 5, 7, 10])
+    nested, flags = (
+        torch.nested.nested_tensor_from_jagged(v, offsets) for v in (torch.randn(10, I), torch.rand(10) < 0.3)
+    )
 
     def everything() -> list[Tensor]:
         cell = layer.cell()
@@ -281,6 +293,7 @@ def test_a_default_device_moves_no_index(bidirectional: bool) -> None:
             layer(x, lengths=lengths, resets=resets)[0],
             layer(packed)[0].data,
             layer(packed, resets=resets)[0].data,
+            layer(nested, resets=flags)[0].values(),
             *cell(x[0], resets=resets[0]),
         ]
 

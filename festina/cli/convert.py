@@ -2,10 +2,11 @@
 
     festina convert haste.LayerNormLSTM model.pt layer.safetensors
     festina convert sheeprl.LayerNormGRUCell model.ckpt layer.pt --prefix world_model.rssm.rnn. --option eps=1e-5
+    festina convert keras.LSTM model.weights.h5 layer.pt --prefix layers/lstm/
     festina convert festina.LSTM layer.safetensors model.npz --to haste.LayerNormLSTM
 
-Files are .safetensors, .pt (also .pth, .bin, .ckpt) and .npz. Nothing in a file is executed, and no size in it is trusted.
-The output is written whole or, after an error, not at all.
+Files are .safetensors, .pt (also .pth, .bin, .ckpt) and .npz, and Keras' .h5 (also .hdf5) to read. Nothing in a file is
+executed, and no size in it is trusted. The output is written whole or, after an error, not at all.
 """
 
 from __future__ import annotations

@@ -135,7 +135,9 @@ class _Layer(nn.Module):
         if lengths is None:
             output, states = run(steps, start, mask)
         else:
-            output, states = run.with_states_at(check_lengths(torch.as_tensor(lengths).cpu(), B), steps, start, mask)
+            output, states = run.with_states_at(
+                check_lengths(torch.as_tensor(lengths, device="cpu"), B), steps, start, mask
+            )
         return self._permute(output), _as_given(states)
 
     def _run(self, steps: Tensor, zoneout_mask: Tensor) -> tuple[_Run, Tensor | None]:
@@ -245,7 +247,7 @@ class _Run:
         second call runs the rests from the states of the first.
         """
         T = len(steps)
-        t = torch.arange(T).unsqueeze(1)
+        t = torch.arange(T, device=lengths.device).unsqueeze(1)
 
         def rotated(tensor: Tensor, by: Tensor) -> Tensor:
             at = ((t + by) % max(T, 1)).unsqueeze(2).expand(-1, -1, tensor.shape[2]).to(tensor.device)

@@ -215,7 +215,7 @@ def _tensor(name: str, value: Any) -> Tensor:
     if problem := _repetition(array.shape, array.strides, array.itemsize):
         raise ConvertError(f"{name} {problem}")
     try:
-        return torch.tensor(array.astype(array.dtype.newbyteorder("="), copy=False))
+        return torch.tensor(array.astype(array.dtype.newbyteorder("="), copy=False), device="cpu")
     except TypeError:
         raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}") from None
 

@@ -1,4 +1,4 @@
-"""Tensors in files: safetensors, PyTorch's .pt, NumPy's .npz.
+"""Tensors in files: safetensors, PyTorch's .pt, NumPy's .npz, Keras' .h5.
 
 A file is not trusted: nothing in it is executed, and every size that it states is compared with the file before memory is
 allocated. A file is written whole or not at all.
@@ -32,10 +32,10 @@ parameters name them a few times. `LEAST_LIMIT` bytes are always allowed: a few 
 LEAST_LIMIT = 16 * 2**20
 
 MOST_NESTED = 100
-"""The most mappings within one another."""
+"""The most mappings or groups within one another."""
 
 MOST_NAMES = 200_000
-"""The most names of nested mappings; a few mappings that hold one another several times make names without end."""
+"""The most names of nested mappings or groups; a few that hold one another several times make names without end."""
 
 
 class FileError(ValueError):
@@ -79,19 +79,19 @@ def write(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name, in the format of the suffix. After an error, a file that was there is as before.
 
     Raises:
-        FileError: the suffix is unknown, a tensor is not dense or has no values, the format cannot hold its dtype, or the
-            package for the format is missing.
+        FileError: the suffix is unknown or only read, a tensor is not dense or has no values, the format cannot hold its
+            dtype, or the package for the format is missing.
         OSError: the file cannot be written (see `festina.output.replacing`).
     """
     path = Path(path)
-    form = _by_suffix(path)
+    save = _writer(path)
     for name, tensor in tensors.items():
         if problem := unusable(tensor):
             raise FileError(f"{path}: {name} must be a dense tensor with values, but {problem}")
     held = {name: tensor.detach().cpu().resolve_conj().resolve_neg().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as unfinished:
         try:
-            form.write(unfinished, held)
+            save(unfinished, held)
         except (OSError, ValueError):
             raise
         except Exception as error:  # of each library its own, such as RuntimeError and SafetensorError on a full disk
@@ -102,10 +102,10 @@ def check_output(path: str | Path) -> None:
     """Raise unless tensors could be written to `path`, so that a long task does not fail at its end.
 
     Raises:
-        FileError: the suffix is unknown.
+        FileError: the suffix is unknown or only read.
         OSError: as `festina.output.check_target`.
     """
-    _by_suffix(Path(path))
+    _writer(Path(path))
     check_target(path)
 
 
@@ -177,7 +177,9 @@ def _safetensors() -> Any:
 
 
 def _read_safetensors(file: IO[bytes], size: int, prefix: str) -> dict[str, Tensor]:
-    with _safetensors().safe_open(file.name, framework="pt") as held:  # it compares all sizes with the file
+    with _safetensors().safe_open(
+        file.name, framework="pt", device="cpu"
+    ) as held:  # it compares all sizes with the file
         return {name: held.get_tensor(name) for name in held.keys() if name.startswith(prefix)}  # noqa: SIM118
 
 
@@ -259,7 +261,9 @@ def _materialised(held: object, data: Callable[[Storage], bytes], size: int, pre
         key = tensor.storage.key
         if key not in contents:
             content = data(tensor.storage)
-            contents[key] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0)
+            contents[key] = (
+                torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, device="cpu")
+            )
         found[name] = tensor.view(contents[key])
     return found
 
@@ -332,14 +336,79 @@ def _write_npz(path: Path, tensors: dict[str, Tensor]) -> None:
                 np.lib.format.write_array(member, array, allow_pickle=False)
 
 
+# HDF5. What its library opens is this file alone: no link is followed, and no filter loaded.
+
+
+def _read_hdf5(file: IO[bytes], size: int, prefix: str) -> dict[str, Tensor]:
+    """Datasets of numbers; names of groups are joined by slashes."""
+    try:
+        import h5py  # noqa: PLC0415  h5py is optional
+    except ImportError:
+        raise FileError(
+            "an .h5 file needs the package h5py, which is not installed; install it with: pip install 'festina[convert]'"
+        ) from None
+    found: dict[str, Tensor] = {}
+    with h5py.File(file.name, "r", locking=False) as held:
+        datasets = dict(_datasets(h5py, held, prefix))
+        _check_total(sum(_bytes_of_dataset(dataset) for dataset in datasets.values()), size)
+        for name, dataset in datasets.items():
+            array = np.asarray(dataset[()])
+            found[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    return found
+
+
+def _datasets(h5py: Any, held: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The datasets of numbers whose names start with `prefix`, if the file holds them as they are."""
+    rest: list[tuple[str, Any, int]] = [("", held, 0)]
+    count = 0
+    while rest:
+        folder, group, depth = rest.pop()
+        for part in group:
+            name = f"{folder}{part}"
+            count += 1
+            if depth > MOST_NESTED or count > MOST_NAMES:
+                raise _Refusal(
+                    f"must nest groups at most {MOST_NESTED} deep, with {MOST_NAMES} names, but nests more, or one holds itself"
+                )
+            if not (name.startswith(prefix) or prefix.startswith(f"{name}/")):
+                continue
+            if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+                raise _Refusal(f"must hold all values itself, but {name} is a link")
+            value = group[part]
+            if isinstance(value, h5py.Group):
+                rest.append((f"{name}/", value, depth + 1))
+            elif isinstance(value, h5py.Dataset) and name.startswith(prefix) and value.dtype.kind not in "OS":  # texts
+                if problem := _problem_of_dataset(value):
+                    raise _Refusal(f"must hold plain numbers, but {name} {problem}")
+                yield name, value
+
+
+def _problem_of_dataset(dataset: Any) -> str | None:
+    """Why a dataset is not read, in words, or None."""
+    layout = dataset.id.get_create_plist()
+    if dataset.is_virtual or layout.get_external_count():
+        return "has its values in another file"
+    if layout.get_nfilters():
+        return "is compressed or filtered; h5repack -f NONE in.h5 out.h5 makes a plain copy"
+    if dataset.shape is None:
+        return "has no values"
+    return None if dataset.dtype.kind in "fiubc" else f"is of the type {dataset.dtype}"
+
+
+def _bytes_of_dataset(dataset: Any) -> int:
+    """What reading it takes; values in chunks are read chunk by chunk."""
+    size: int = max(math.prod(dataset.shape), math.prod(dataset.chunks or ())) * dataset.dtype.itemsize
+    return size
+
+
 @dataclass(frozen=True)
 class _Format:
-    """What files with these suffixes are."""
+    """What files with these suffixes are, and how they are read, and written if they are."""
 
     kind: str
     suffixes: Collection[str]
     read: Callable[[IO[bytes], int, str], dict[str, Tensor]]
-    write: Callable[[Path, dict[str, Tensor]], None]
+    write: Callable[[Path, dict[str, Tensor]], None] | None
 
 
 _FORMATS = {
@@ -348,6 +417,7 @@ _FORMATS = {
         _Format("a safetensors file", [".safetensors"], _read_safetensors, _write_safetensors),
         _Format("a file of torch.save", [".pt", ".pth", ".bin", ".ckpt"], _read_torch, _write_torch),
         _Format("an .npz file of plain arrays", [".npz"], _read_npz, _write_npz),
+        _Format("an HDF5 file, as Keras saves weights", [".h5", ".hdf5"], _read_hdf5, None),
     )
     for suffix in form.suffixes
 }
@@ -358,3 +428,10 @@ def _by_suffix(path: Path) -> _Format:
     if path.suffix not in _FORMATS:
         raise FileError(f"{path} must end in {', '.join(_FORMATS)}: the suffix selects the format")
     return _FORMATS[path.suffix]
+
+
+def _writer(path: Path) -> Callable[[Path, dict[str, Tensor]], None]:
+    if (write := _by_suffix(path).write) is not None:
+        return write
+    written = ", ".join(suffix for suffix, form in _FORMATS.items() if form.write is not None)
+    raise FileError(f"{path} must end in {written}: files in {path.suffix} are only read")

@@ -77,7 +77,7 @@ class StoredTensor:
     def view(self, data: Tensor) -> Tensor:
         """The tensor, given its storage as bytes."""
         if not math.prod(self.shape):
-            return torch.empty(self.shape, dtype=self.dtype)
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         whole = data[: data.numel() // self.dtype.itemsize * self.dtype.itemsize]
         return whole.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
 

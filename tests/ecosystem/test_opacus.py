@@ -1,13 +1,9 @@
 """opacus' private training: of a recurrent layer, with its per-sample gradients, and of a head above one that is frozen.
 
-opacus has no sampler for a layer whose output is a tuple, and offers its own `DPLSTM` in place of `nn.LSTM`. For Festina's
-layers `sampler` is one; "plain" here is `DPLSTM`.
+opacus takes no `nn.LSTM` and offers its own `DPLSTM`, which is "plain" here; `festina.compat.opacus` does that for Festina's.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -16,32 +12,13 @@ from ways import Adapt, Way, keep
 
 import festina
 
-opacus = pytest.importorskip("opacus")
-grad_sample = pytest.importorskip("opacus.grad_sample")
+pytest.importorskip("opacus")
+
+import opacus
+
+from festina.compat.opacus import PerSample
 
 T, B = 6, 12
-OURS = [festina.LSTM, festina.LayerNormLSTM]
-
-
-def sampler(layer: nn.Module, activations: list[Tensor], d_output: Tensor) -> dict[nn.Parameter, Tensor]:
-    """The gradient of every sample, by `vmap` over them, for layers with `batch_first` whose state no loss depends on."""
-    parameters: dict[str, Any] = dict(layer.named_parameters())
-
-    def loss(values: dict[str, Tensor], x: Tensor, d_output: Tensor) -> Tensor:
-        with torch.nn.utils.stateless._reparametrize_module(layer, values):
-            output, _ = layer.forward(x[None])  # not by `layer(...)`, whose hooks are opacus'
-        return (output[0] * d_output).sum()
-
-    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, activations[0], d_output)
-    return {parameters[name]: gradient for name, gradient in found.items()}
-
-
-@pytest.fixture
-def registered() -> Iterator[None]:
-    grad_sample.register_grad_sampler(OURS)(sampler)
-    yield
-    for kind in OURS:
-        del grad_sample.GradSampleModule.GRAD_SAMPLERS[kind]
 
 
 class Classifier(nn.Module):
@@ -73,14 +50,15 @@ def train_privately(model: nn.Module) -> list[float]:
     return losses
 
 
-@pytest.mark.usefixtures("registered")
-def test_private_training_with_a_sampler(way: Way) -> None:
+def test_private_training(way: Way) -> None:
     def train(adapt: Adapt) -> list[float]:
         model = Classifier()
         adapt(model)
-        if adapt is keep:
-            model = opacus.validators.ModuleValidator.fix(model)
+        model = opacus.validators.ModuleValidator.fix(model)
         assert not opacus.validators.ModuleValidator.validate(model)
+        if adapt is not keep:
+            assert isinstance(model.lstm, PerSample)
+            way.models[-1] = model  # a copy
         return train_privately(model)
 
     way.check(train)
@@ -97,8 +75,8 @@ def test_private_training_above_a_frozen_layer(way: Way) -> None:
     way.check(train)
 
 
-def test_without_a_sampler_private_training_raises() -> None:
+def test_private_training_of_what_is_not_fixed_says_what_to_do() -> None:
     model = Classifier()
     festina.replace(model)
-    with pytest.raises(TypeError):
+    with pytest.raises(opacus.validators.errors.UnsupportedModuleError, match=r"ModuleValidator\.fix\(model\)"):
         train_privately(model)
