@@ -56,7 +56,7 @@ struct alignas(64) Barrier {
     }
     // Spinning suits a thread that is about to arrive; a thread that has lost its core needs one to be given up.
     for (int spins = 0; __atomic_load_n(&turn, __ATOMIC_ACQUIRE) == mine; ++spins) {
-      if (spins > 4096) sched_yield();
+      if (spins > 256) sched_yield();
 #if defined(__x86_64__)
       __builtin_ia32_pause();
 #endif

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,7 @@ from on_core import disturbed_at, interrupt, needs_core, run
 
 from festina import norms, reference
 from festina.backends import cpu
-from festina.backends.cpu import CPU, abi, memory, plans
+from festina.backends.cpu import CPU, abi, cores, memory, plans
 from festina.spec import CELLS, LayerSpec
 from festina.testing import TOLERANCES, Case, assert_close, evaluate, widened
 
@@ -80,9 +82,41 @@ def test_an_error_of_the_core_is_raised_and_leaves_nothing_half_done(monkeypatch
 def test_threads_are_as_many_as_the_products_are_worth(cell, products, monkeypatch):
     """I = 16, H = P = 8, so the fewest steps that are worth two threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(plans, "usable_cores", lambda: 64)
     N = -(-2 * plans.WORK_A_THREAD // products)
     layer = LayerSpec(CELLS[cell])
     assert [plans.threads_for(layer, n, 16, 8, 8) for n in (1, N - 1, N, 100 * N)] == [1, 1, 2, 4]
+    monkeypatch.setattr(plans, "usable_cores", lambda: 3)
+    assert plans.threads_for(layer, 100 * N, 16, 8, 8) == 3
+
+
+LIMITS = {
+    "no group": ("", {}, math.inf),
+    "version 2": ("0::/pod/own", {"pod/own/cpu.max": "150000 100000"}, 1.5),
+    "version 2, of the parent": ("0::/pod/own", {"pod/own/cpu.max": "max 100000", "pod/cpu.max": "200000 100000"}, 2.0),
+    "version 2, another's path": ("0::/../host/pod", {"cpu.max": "300000 100000"}, 3.0),
+    "version 1": (
+        "3:cpuset:/\n2:cpu,cpuacct:/docker/x",
+        {"cpu/docker/x/cpu.cfs_quota_us": "50000", "cpu/docker/x/cpu.cfs_period_us": "100000"},
+        0.5,
+    ),
+    "version 1, no limit": ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+    "hostile": ("0::/", {"cpu.max": "many 0"}, math.inf),
+}
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_a_quota_of_the_control_group_is_found(what, tmp_path, monkeypatch):
+    own, files, want = LIMITS[what]
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text + "\n")
+    monkeypatch.setattr(cores, "OWN", tmp_path / "own")
+    monkeypatch.setattr(cores, "GROUPS", tmp_path / "groups")
+    assert cores.quota.__wrapped__() == want
+    monkeypatch.setattr(cores, "quota", lambda: want)
+    assert cores.usable_cores() == max(1, min(len(os.sched_getaffinity(0)), math.ceil(min(want, 99))))
 
 
 @pytest.mark.parametrize("kind", ["forward", "step", "training"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from festina.backends.cpu import abi, signals
+from festina.backends.cpu.cores import usable_cores
 from festina.backends.cpu.memory import POOL
 from festina.call import Call
 from festina.spec import LayerSpec
@@ -65,9 +66,11 @@ def multiplications(layer: LayerSpec, I: int, H: int, P: int) -> int:
 
 
 def threads_for(layer: LayerSpec, N: int, I: int, H: int, P: int) -> int:
-    """How many of torch's threads a call is worth."""
+    """How many of torch's threads a call is worth, at most one for each core: threads wait for one another at every step, and
+    one without a core would keep all of them waiting."""
     work = multiplications(layer, I, H, P) * N
-    return max(1, min(torch.get_num_threads(), abi.core().layout.constants["most_threads"], work // WORK_A_THREAD))
+    most = min(torch.get_num_threads(), usable_cores(), abi.core().layout.constants["most_threads"])
+    return max(1, min(most, work // WORK_A_THREAD))
 
 
 def is_long(layer: LayerSpec, N: int, I: int, H: int, P: int) -> bool:
