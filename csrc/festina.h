@@ -13,7 +13,7 @@ extern "C" {
 
 #pragma GCC visibility push(default)
 
-#define FESTINA_VERSION 8
+#define FESTINA_VERSION 9
 #define FESTINA_MOST_THREADS 256
 #define FESTINA_MOST_SIZE (INT64_C(1) << 40)  /* of T, B, I, H, P and N, each */
 #define FESTINA_MOST_BYTES (INT64_C(1) << 62) /* of all tensors and buffers of a call together */
@@ -54,6 +54,12 @@ extern "C" {
   VALUE(cell_norm, FESTINA_NO_CELL_NORM, "none") \
   VALUE(cell_norm, FESTINA_READOUT, "readout")   \
   VALUE(cell_norm, FESTINA_CARRIED, "carried")
+
+/* How weights lie in panels: in the type of the call, or in float32 inference rounded, for less memory to read. */
+#define FESTINA_PANEL_TYPES(VALUE)                        \
+  VALUE(panel_type, FESTINA_WHOLE_PANELS, "whole")        \
+  VALUE(panel_type, FESTINA_BFLOAT16_PANELS, "bfloat16")  \
+  VALUE(panel_type, FESTINA_INT8_PANELS, "int8")
 
 #define FESTINA_STATUSES(VALUE)                  \
   VALUE(status, FESTINA_OK, "ok")                \
@@ -113,6 +119,7 @@ extern "C" {
   FIELD(void*, c_n)                /* [D, B, H] */                                                                     \
   FIELD(void*, panels)             /* weights in the order in which the kernels of the pass read them */               \
   FIELD(int64_t, has_panels)       /* inference: an earlier call with the same parameters has filled `panels` */       \
+  FIELD(int64_t, panel_type)       /* rounded ones are for inference in float32 */                                     \
   FIELD(void*, saved)              /* written by training, read by backward */                                         \
   FIELD(void*, workspace)                                                                                              \
   FIELD(const void*, d_output)                                                                                         \
@@ -139,6 +146,7 @@ enum FestinaCell { FESTINA_CELLS(FESTINA_ENUMERATOR) };
 enum FestinaPlacement { FESTINA_PLACEMENTS(FESTINA_ENUMERATOR) };
 enum FestinaGroups { FESTINA_GROUPS(FESTINA_ENUMERATOR) };
 enum FestinaCellNorm { FESTINA_CELL_NORMS(FESTINA_ENUMERATOR) };
+enum FestinaPanelType { FESTINA_PANEL_TYPES(FESTINA_ENUMERATOR) };
 enum FestinaStatus { FESTINA_STATUSES(FESTINA_ENUMERATOR) };
 #undef FESTINA_ENUMERATOR
 
@@ -167,10 +175,10 @@ int festina_version(void);
 
 /* This file and kernels.inc as text, one entry a line, its words separated by single spaces:
 
-     version 8
+     version 9
      size <struct> <bytes>
      field <struct> <name> <type> <offset> <count>     type: i64, u64, f64 or pointer; count: more than 1 for an array
-     value <enum> <name> <integer>                     enum: pass, type, cell, placement, groups, cell_norm or status
+     value <enum> <name> <integer>                     enum: pass, type, cell, placement, groups, cell_norm, panel_type or status
      parameter <name> <index>                          in [0, n); direction d's stands at d * n + index of an array
      constant <name> <integer>                         most_threads
      kernel <cell> <placement> <cell_norm>             everything that festina_run computes */
@@ -183,7 +191,13 @@ const char* festina_layout(void);
 
    A pass needs input, h_0 and output, panels and workspace, weight_ih and weight_hh of each direction, c_0 for a cell with a c;
    besides these inference h_n and c_n, training h_n, c_n and saved, backward saved. The rest may be null; the gradient of a
-   parameter that is null has to be. */
+   parameter that is null has to be.
+
+   With has_panels no parameter is read: which of them are null still counts.
+
+   Rounded panels hold weight_ih, weight_hh and weight_hr, unless that is a vector, in bfloat16, or in int8 as integers in
+   [-127, 127] times a factor for each row, its largest magnitude / 127. Products are summed in float32, and all else is as it
+   is. The call computes what it would with parameters that were so rounded. */
 
 /* How many bytes the call needs; of the pointers only those of parameters and gradients count (null or not).
    FESTINA_OK or FESTINA_ERROR. */

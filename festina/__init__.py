@@ -2,6 +2,7 @@
 
 from festina import backends, convert, functional, norms
 from festina.cells import GRUCell, IndRNNCell, LayerNormGRUCell, LayerNormIndRNNCell, LayerNormLSTMCell, LSTMCell
+from festina.frozen import freeze
 from festina.layers import GRU, LSTM, IndRNN, LayerNormGRU, LayerNormIndRNN, LayerNormLSTM
 from festina.lazy import (
     LazyGRU,
@@ -50,6 +51,7 @@ __all__ = [
     "NormPlan",
     "backends",
     "convert",
+    "freeze",
     "functional",
     "norms",
     "replace",

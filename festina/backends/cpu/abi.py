@@ -21,9 +21,11 @@ import torch  # noqa: F401  its OpenMP must be in the process before the core as
 
 from festina import environment
 
-VERSION = 8
+VERSION = 9
 LIBRARY = "libfestina_core.so"
 INFERENCE, TRAINING, BACKWARD = "inference", "training", "backward"
+WHOLE = "whole"
+"""The type of panels that are not rounded."""
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "festina_version": (c_int, []),
