@@ -68,6 +68,9 @@ inline int check_sizes(const FestinaCall& call, const Kind& kind) {
   CHECK_RANGE(has_zoneout_cell, 0, 1)
   CHECK_RANGE(has_panels, 0, 1)
 #undef CHECK_RANGE
+  if (call.panel_type != FESTINA_WHOLE_PANELS && (call.type != FESTINA_FLOAT32 || call.pass != FESTINA_INFERENCE))
+    return fail("panel_type must be 0 (whole) in %s in %s, got %lld", name_of("pass", call.pass), name_of("type", call.type),
+                (long long)call.panel_type);
   if (!(call.eps >= 0 && call.eps <= __DBL_MAX__)) return fail("eps must be finite and at least 0, got %g", call.eps);
   if (!(call.clip >= 0 && call.clip <= __DBL_MAX__)) return fail("clip must be finite and at least 0, got %g", call.clip);
   if (call.clip != 0 && !kind.has_c)
@@ -160,6 +163,7 @@ inline int check(const FestinaCall* call, bool is_run, Kind& kind) {
   CHECK_CHOICE(placement, FESTINA_PLACEMENTS)
   CHECK_CHOICE(groups, FESTINA_GROUPS)
   CHECK_CHOICE(cell_norm, FESTINA_CELL_NORMS)
+  CHECK_CHOICE(panel_type, FESTINA_PANEL_TYPES)
 #undef CHECK_CHOICE
 #undef COUNT
   kind = chosen_isa()->kind_of(*call);

@@ -55,6 +55,12 @@ extern "C" {
   VALUE(cell_norm, FESTINA_READOUT, "readout")   \
   VALUE(cell_norm, FESTINA_CARRIED, "carried")
 
+/* How weights lie in panels: in the type of the call, or in float32 inference rounded, for less memory to read. */
+#define FESTINA_PANEL_TYPES(VALUE)                        \
+  VALUE(panel_type, FESTINA_WHOLE_PANELS, "whole")        \
+  VALUE(panel_type, FESTINA_BFLOAT16_PANELS, "bfloat16")  \
+  VALUE(panel_type, FESTINA_INT8_PANELS, "int8")
+
 #define FESTINA_STATUSES(VALUE)                  \
   VALUE(status, FESTINA_OK, "ok")                \
   VALUE(status, FESTINA_ERROR, "error")          \
@@ -113,6 +119,7 @@ extern "C" {
   FIELD(void*, c_n)                /* [D, B, H] */                                                                     \
   FIELD(void*, panels)             /* weights in the order in which the kernels of the pass read them */               \
   FIELD(int64_t, has_panels)       /* an earlier call has filled `panels`: see below */                                 \
+  FIELD(int64_t, panel_type)       /* rounded ones are for inference in float32 */                                     \
   FIELD(void*, saved)              /* written by training, read by backward */                                         \
   FIELD(void*, workspace)                                                                                              \
   FIELD(const void*, d_output)                                                                                         \
@@ -139,6 +146,7 @@ enum FestinaCell { FESTINA_CELLS(FESTINA_ENUMERATOR) };
 enum FestinaPlacement { FESTINA_PLACEMENTS(FESTINA_ENUMERATOR) };
 enum FestinaGroups { FESTINA_GROUPS(FESTINA_ENUMERATOR) };
 enum FestinaCellNorm { FESTINA_CELL_NORMS(FESTINA_ENUMERATOR) };
+enum FestinaPanelType { FESTINA_PANEL_TYPES(FESTINA_ENUMERATOR) };
 enum FestinaStatus { FESTINA_STATUSES(FESTINA_ENUMERATOR) };
 #undef FESTINA_ENUMERATOR
 
@@ -167,10 +175,10 @@ int festina_version(void);
 
 /* This file and kernels.inc as text, one entry a line, its words separated by single spaces:
 
-     version 8
+     version 9
      size <struct> <bytes>
      field <struct> <name> <type> <offset> <count>     type: i64, u64, f64 or pointer; count: more than 1 for an array
-     value <enum> <name> <integer>                     enum: pass, type, cell, placement, groups, cell_norm or status
+     value <enum> <name> <integer>                     enum: pass, type, cell, placement, groups, cell_norm, panel_type or status
      parameter <name> <index>                          in [0, n); direction d's stands at d * n + index of an array
      constant <name> <integer>                         most_threads
      kernel <cell> <placement> <cell_norm>             everything that festina_run computes */
@@ -186,7 +194,12 @@ const char* festina_layout(void);
    parameter that is null has to be.
 
    Panels depend on the layer and its parameters alone. Inference and training fill the same, backward others, those of weight_ih
-   only if d_input is wanted. With has_panels, they must have been filled from the parameters that the call has. */
+   only if d_input is wanted. With has_panels they must have been filled from the parameters that the call has, and no parameter
+   is read: which of them are null still counts.
+
+   Rounded panels hold weight_ih, weight_hh and weight_hr, unless that is a vector, in bfloat16, or in int8 as integers in
+   [-127, 127] times a factor for each row, its largest magnitude / 127. Products are summed in float32, and all else is as it
+   is. The call computes what it would with parameters that were so rounded. */
 
 /* How many bytes the call needs; of the pointers only those of parameters and gradients count (null or not).
    FESTINA_OK or FESTINA_ERROR. */

@@ -4,6 +4,7 @@ from torch.serialization import add_safe_globals
 
 from festina import backends, convert, functional, norms, spec
 from festina.cells import GRUCell, IndRNNCell, LayerNormGRUCell, LayerNormIndRNNCell, LayerNormLSTMCell, LSTMCell
+from festina.frozen import freeze
 from festina.layers import GRU, LSTM, IndRNN, LayerNormGRU, LayerNormIndRNN, LayerNormLSTM
 from festina.lazy import (
     LazyGRU,
@@ -52,6 +53,7 @@ __all__ = [
     "NormPlan",
     "backends",
     "convert",
+    "freeze",
     "functional",
     "norms",
     "replace",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from festina import dispatch, norms, spec
+from festina.call import Outputs
 from festina.checks import as_flag, check_input, check_resets, check_row_axes, check_state
 from festina.module import RecurrentBase, leaf
 from festina.norms import NormPlan
@@ -122,23 +124,46 @@ class Cell(RecurrentBase, nn.RNNCellBase):
             )
             if new is not None:
                 return tuple(new) if len(new) > 1 else new[0]
-        check_row_axes(input)
-        is_batched = input.dim() == 2
-        steps = input if is_batched else input.unsqueeze(0)
-        check_input(steps, self.input_size, parameters[0])
-        B = steps.shape[0]
-        axes = {"B": B} if is_batched else {}
-        if hx is None:
-            state = [steps.new_zeros(1, B, width) for _, width in zip(self.cell_spec.states, self.state_widths)]
-        else:
-            given = check_state(self.cell_spec, hx, axes, self.state_widths, steps)
-            state = [s.unsqueeze(0) if is_batched else s.view(1, 1, -1) for s in given]
-        if resets is not None:
-            check_resets(resets, tuple(axes.values()), "[B]" if is_batched else "[]", input.device)
-            resets = resets.reshape(1, B)
-        h, _, c_n = dispatch.run(self._call(parameters, steps, state, resets=resets))
-        h = h if is_batched else h.squeeze(0)  # the output of one step is the new h
-        return h if c_n is None else (h, c_n.squeeze(0) if is_batched else c_n.squeeze((0, 1)))
+
+        def run(steps: Tensor, state: list[Tensor], resets: Tensor | None) -> Outputs:
+            return dispatch.run(self._call(parameters, steps, state, resets=resets))
+
+        return take_step(self, input, hx, resets, like=parameters[0], run=run)
+
+
+def take_step(
+    module: RecurrentBase,
+    input: Tensor,
+    hx: Any,
+    resets: Tensor | None,
+    *,
+    like: Tensor,
+    run: Callable[[Tensor, list[Tensor], Tensor | None], Outputs],
+) -> Any:
+    """One step as `Cell.forward` takes it: from what a user gives to packed steps, and from the outputs to the new state.
+
+    Args:
+        module: what has the sizes.
+        like: has the dtype and device that the input must have.
+        run: carries out a call on steps `[B, I]`, the state `[1, B, P]` and `[1, B, H]`, and resets `[1, B]`.
+    """
+    check_row_axes(input)
+    is_batched = input.dim() == 2
+    steps = input if is_batched else input.unsqueeze(0)
+    check_input(steps, module.input_size, like)
+    B, cell = steps.shape[0], module.spec.cell
+    axes = {"B": B} if is_batched else {}
+    if hx is None:
+        state = [steps.new_zeros(1, B, width) for _, width in zip(cell.states, module.state_widths)]
+    else:
+        given = check_state(cell, hx, axes, module.state_widths, steps)
+        state = [s.unsqueeze(0) if is_batched else s.view(1, 1, -1) for s in given]
+    if resets is not None:
+        check_resets(resets, tuple(axes.values()), "[B]" if is_batched else "[]", input.device)
+        resets = resets.reshape(1, B)
+    h, _, c_n = run(steps, state, resets)
+    h = h if is_batched else h.squeeze(0)  # the output of one step is the new h
+    return h if c_n is None else (h, c_n.squeeze(0) if is_batched else c_n.squeeze((0, 1)))
 
 
 class LSTMCell(Cell, nn.LSTMCell):

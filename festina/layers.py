@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -12,10 +13,11 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from festina import cells, dispatch, dynamo, norms, spec
+from festina.call import Outputs
 from festina.checks import Lengths, MismatchError, as_count, as_flag, as_rate, check_flags, check_input
 from festina.module import RecurrentBase, leaf
 from festina.norms import NormPlan
-from festina.sequences import InitialState, pack
+from festina.sequences import InitialState, Packing, pack
 
 
 class Recurrent(RecurrentBase, nn.RNNBase):
@@ -217,30 +219,46 @@ class Recurrent(RecurrentBase, nn.RNNBase):
         """
         if isinstance(input, Proxy):
             return leaf(self, input, hx, lengths=lengths, resets=resets)
-        D, L = self.spec.directions, self.num_layers
-        steps, packing = pack(input, D, self.batch_first, lengths, resets)
-        lead = ("num_layers * num_directions", L * D)
-        parameters = self.layer_parameters()
-        check_input(steps, self.input_size, parameters[0])
-        state = packing.initial_state(self.spec.cell, hx, lead=lead, widths=self.state_widths, steps=steps)
-        finals: list[list[Tensor]] = []
-        for index in range(L):
-            if index:
-                parameters = self.layer_parameters(index)
-                if self.dropout:
-                    steps = F.dropout(steps, self.dropout, self.training)
-            call = self._call(
-                parameters,
-                steps,
-                state if L == 1 else [s[index * D : (index + 1) * D] for s in state],
-                batch_sizes=packing.batch_sizes,
-                is_active=packing.is_active,
-                resets=packing.resets,
-            )
-            steps, *final = dispatch.run(call)
-            finals.append([last for last in final if last is not None])
-        states = finals[0] if L == 1 else [torch.cat(of_all) for of_all in zip(*finals)]
-        return packing.unpack(steps), packing.final_state(states)
+        first = self.layer_parameters()
+
+        def run(index: int, steps: Tensor, state: list[Tensor], packing: Packing) -> Outputs:
+            parameters = self.layer_parameters(index) if index else first
+            if index and self.dropout:
+                steps = F.dropout(steps, self.dropout, self.training)
+            return dispatch.run(self._packed_call(parameters, steps, state, packing))
+
+        return run_stack(self, input, hx, lengths, resets, like=first[0], run=run)
+
+
+def run_stack(
+    module: Any,
+    input: Tensor | PackedSequence,
+    hx: InitialState | None,
+    lengths: Lengths | None,
+    resets: Tensor | None,
+    *,
+    like: Tensor,
+    run: Callable[[int, Tensor, list[Tensor], Packing], Outputs],
+) -> tuple[Any, Any]:
+    """A stack of layers as `Recurrent.forward` runs it: from what a user gives to packed steps, from layer to layer, and back.
+
+    Args:
+        module: what has the sizes: a `RecurrentBase` with `num_layers` and `batch_first`.
+        like: has the dtype and device that the input must have.
+        run: carries out the call of layer `index` on packed steps and its initial state `[D, B, P]` and `[D, B, H]`.
+    """
+    D, L = module.spec.directions, module.num_layers
+    steps, packing = pack(input, D, module.batch_first, lengths, resets)
+    lead = ("num_layers * num_directions", L * D)
+    check_input(steps, module.input_size, like)
+    state = packing.initial_state(module.spec.cell, hx, lead=lead, widths=module.state_widths, steps=steps)
+    finals: list[list[Tensor]] = []
+    for index in range(L):
+        own = state if L == 1 else [s[index * D : (index + 1) * D] for s in state]
+        steps, *final = run(index, steps, own, packing)
+        finals.append([last for last in final if last is not None])
+    states = finals[0] if L == 1 else [torch.cat(of_all) for of_all in zip(*finals)]
+    return packing.unpack(steps), packing.final_state(states)
 
 
 class LSTM(Recurrent, nn.LSTM):

@@ -25,6 +25,7 @@ from festina.checks import (
     check_zoneout_cell,
 )
 from festina.norms import NormPlan
+from festina.sequences import Packing
 from festina.spec import CellSpec, LayerSpec
 from festina.tooling import Tooling
 
@@ -179,6 +180,17 @@ class RecurrentBase(Tooling, nn.Module):
             zoneout=self.zoneout,
             zoneout_cell=self.zoneout_cell,
             owner=self,
+        )
+
+    def _packed_call(self, parameters: list[Tensor], steps: Tensor, state: Sequence[Tensor], packing: Packing) -> Call:
+        """`_call` over packed sequences."""
+        return self._call(
+            parameters,
+            steps,
+            state,
+            batch_sizes=packing.batch_sizes,
+            is_active=packing.is_active,
+            resets=packing.resets,
         )
 
     def _mask(self, rate: float, steps: Tensor, width: int) -> Tensor:

@@ -60,6 +60,7 @@ KERNELS = (
     '-k "not instruction_set and not avx512 and not in_cpp" tests/cpu/test_kernels.py'  # those compile by themselves
 )
 WEIGHTS = "tests/cpu/test_weights.py"
+FROZEN, FREEZE = "tests/cpu/test_frozen_panels.py", "tests/test_frozen.py"
 
 
 def core(name: str, file: str, old: str, new: str, tests: str = CORE) -> Mutant:
@@ -81,8 +82,8 @@ MUTANTS: list[Mutant] = [
     core(
         "gemm: the second outer block of depth overwrites",
         "core/gemm.h",
-        "is_added || k > 0, {is_last",
-        "is_added || k > far, {is_last",
+        "is_added || k > 0,",
+        "is_added || k > far,",
         KERNELS,
     ),
     core(
@@ -101,8 +102,8 @@ MUTANTS: list[Mutant] = [
     core(
         "gemm: the last of many rows is left out",
         "core/gemm.h",
-        "tile_rows<F, k_stride>(next - row, min",
-        "tile_rows<F, k_stride>(next - row - (next == rows && rows > 64), min",
+        "tile_rows<F, W, k_stride>(next - row, min",
+        "tile_rows<F, W, k_stride>(next - row - (next == rows && rows > 64), min",
         KERNELS,
     ),
     core(
@@ -112,6 +113,71 @@ MUTANTS: list[Mutant] = [
         "constexpr long depth_block = 1024;",
         KERNELS,
     ),
+    # Rounded weights.
+    core(
+        "words: the factors of int8 are those of the first chunk",
+        "core/gemm.h",
+        "load(b.scales + i * b.stride + n * lanes<E>)",
+        "load(b.scales + n * lanes<E>)",
+        FROZEN,
+    ),
+    core(
+        "words: terms past the last are multiplied",
+        "core/gemm.h",
+        "multiply(word, depth - word * terms);",
+        "multiply(word, terms);",
+        FROZEN,
+    ),
+    core(
+        "words: the first of two bfloat16 adds to the second", "simd/vec.h", "words.v & -0x10000)", "words.v)", FROZEN
+    ),
+    core("words: integers keep those below them", "simd/vec.h", "(24 - 8 * j) & -0x1000000", "(24 - 8 * j)", FROZEN),
+    core("panels: the factor of another row", "core/panels.h", "scales[l] = unit", "scales[C - 1 - l] = unit", FROZEN),
+    core("panels: int8 is cut off, not rounded", "core/panels.h", "__builtin_rintf(", "__builtin_truncf(", FROZEN),
+    core(
+        "panels: rounded weights are centred as well",
+        "core/panels.h",
+        "if (s.is_rounded()) w.means = nullptr;",
+        "",
+        FROZEN,
+    ),
+    core(
+        "forward: rounded weights keep their mean",
+        "core/forward.h",
+        "- mean * is_unit[l];",
+        "- 0 * mean * is_unit[l];",
+        FROZEN,
+    ),
+    core("forward: the mean is subtracted past H", "core/forward.h", "- mean * is_unit[l];", "- mean;", FROZEN),
+    core(
+        "forward: the candidate of an early reset is centred",
+        "core/forward.h",
+        "(which == 0 || g < s.traits.centred_gates())",
+        "true",
+        FROZEN,
+    ),
+    python(
+        "frozen: panels outlive the weights that they were made of",
+        "frozen.py",
+        "        self._panels = None\n",
+        "",
+        FREEZE,
+    ),
+    python(
+        "frozen: a ready step forgets the rate of c",
+        "backends/cpu/frozen.py",
+        "(input.shape, rates, torch",
+        "(input.shape, torch",
+        FREEZE,
+    ),
+    python(
+        "frozen: a state's gradient is not asked for",
+        "frozen.py",
+        "given = [call.input, *call.state]\n        self._check",
+        "given = [call.input]\n        self._check",
+        FREEZE,
+    ),
+    python("frozen: int8 rows of any size", "frozen.py", "(most == MOST) | (most == 0)", "most >= 0", FREEZE),
     # Weights as kernels read them.
     core(
         "panels: means of all gates where each has its own",
@@ -572,8 +638,8 @@ MUTANTS: list[Mutant] = [
     python(
         "weights: a ready step forgets the rate of c",
         "backends/cpu/__init__.py",
-        "(input.shape, dtype, rates, torch",
-        "(input.shape, dtype, rates[:1], torch",
+        "(input.shape, input.dtype, rates, torch",
+        "(input.shape, input.dtype, rates[:1], torch",
         WEIGHTS,
     ),
     core(

@@ -127,13 +127,11 @@ template <class E> struct Core {
       if (d % workers == worker) fill_vectors(s, call, call.parameters[d], p);
       Weight<E> input = weight(d, FESTINA_WEIGHT_IH), recurrent = weight(d, FESTINA_WEIGHT_HH);
       for (long n = worker; n < s.columns(); n += workers) {
-        fill_panel(s, input, s.is_paired, n % s.traits.gates, n / s.traits.gates, p.input + n * s.depth(s.I) * chunk<E>);
-        if (!s.traits.is_diagonal)
-          fill_panel(s, recurrent, s.is_paired, n % s.traits.gates, n / s.traits.gates,
-                     p.recurrent + n * s.depth(s.P) * chunk<E>);
+        fill_panel(s, input, s.is_paired, n, p.input + n * s.panel_rows(s.I) * chunk<E>);
+        if (!s.traits.is_diagonal) fill_panel(s, recurrent, s.is_paired, n, p.recurrent + n * s.panel_rows(s.P) * chunk<E>);
       }
       for (long n = worker; s.is_projected && n < s.P_chunks; n += workers)
-        fill_panel(s, weight(d, FESTINA_WEIGHT_HR), false, 0, n, p.projection + n * s.H * chunk<E>);
+        fill_panel(s, weight(d, FESTINA_WEIGHT_HR), false, n, p.projection + n * s.projection_rows() * chunk<E>);
     }
     wait(workers);
   }

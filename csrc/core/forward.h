@@ -112,22 +112,68 @@ template <class E> struct Forward {
         my.target_at[count] = (product_row(t, index - r) + r) * chunk<E>;
         if (input.is_narrow) read_input(token, my.rows + my.left_at[count]);
       }
-    bool has_inner = has_inner_bias(s, call.parameters[order.d], 0);
     long column = first * s.traits.gates, columns = (end - first) * s.traits.gates;
     Target<E> to{b.v[0].at(column, 0), my.target_at, b.v[0].stride()};
-    if (has_inner) fill(to, count, columns, b.panels.inner[0] + column * chunk<E>, 1);
     const E* left = input.is_narrow ? my.rows : (const E*)call.input;
-    long depth = s.depth(s.I), panel = depth * chunk<E>;
+    bool is_begun = begin(0, 0, {left, my.left_at, chunk<E>}, count, to, column, columns, 1);
+    long depth = s.depth(s.I), panel = s.panel_rows(s.I) * chunk<E>;
     with_factor<E>(s.is_paired, Two{}, E{}, [&](auto e) {
       using F = decltype(e);
       Squares<E> sums = squares(is_normed, 0, count);
-      part.in_pieces(columns, s.traits.gates, count * panel, [&](long n, long some) {
-        multiply<F>({(const F*)left, my.left_at, chunk<F>}, count, {(const F*)b.panels.input + (column + n) * panel, panel},
-                    some, depth, {to.data + n * to.stride, to.row_at, to.stride}, has_inner, sums);
+      with_word<F>([&](auto w) {
+        using W = decltype(w);
+        part.in_pieces(columns, s.traits.gates, count * depth * chunk<E>, [&](long n, long some) {
+          multiply<F, 1, W>({(const F*)left, my.left_at, chunk<F>}, count, right<W>(b.panels.input, panel, column + n, 1), some,
+                            depth, {to.data + n * to.stride, to.row_at, to.stride}, is_begun, sums);
+        });
       });
     });
     if (is_normed) unnormalized = count;
     part.look(count * columns * chunk<E> * depth);
+  }
+
+  // Calls body with the type that weights are kept in, for factors of type F.
+  template <class F, class Body> void with_word(Body body) const {
+    if constexpr (terms<F, Four> > 1) {
+      if (s.panel_type == FESTINA_INT8_PANELS) return body(Four{});
+      if (s.panel_type == FESTINA_BFLOAT16_PANELS) return body(Two{});
+    }
+    body(F{});
+  }
+
+  // The panel of one column chunk and those that lie `apart` columns from each other.
+  template <class W> Right<W> right(const E* panels, long panel, long column, long apart) const {
+    return {(const W*)(panels + column * panel + s.scale_rows() * chunk<E>), apart * panel};
+  }
+
+  // What a product begins with: the bias inside its norm, and less the mean that rounded weights leave in it. `which` is 0 for
+  // the input product, 1 for the recurrent one; it goes to one side, to `count` columns from `column` on that lie `apart`. True
+  // if the product is to be added to what is there.
+  bool begin(int which, int side, Left<E> left, long rows, Target<E> to, long column, long count, long apart) const {
+    long gates = s.traits.gates, terms = which ? s.P : s.I;
+    bool is_there = which != side, has_inner = !is_there && has_inner_bias(s, call.parameters[order.d], side);
+    const E* bias = has_inner ? b.panels.inner[side] + column * chunk<E> : nullptr;
+    const E* means = !s.is_rounded() ? nullptr : which ? b.panels.means.recurrent : b.panels.means.input;
+    if (!bias && !means) return is_there;
+    E* less = my.correction[side];
+    for (long r = 0; r < rows; ++r) {
+      E of_group[max_gates];
+      for (int group = 0; means && group < s.groups; ++group) of_group[group] = dot(left, r, means + group * terms, terms);
+      for (int g = 0; g < gates; ++g) {
+        bool is_centred = means && (which == 0 || g < s.traits.centred_gates());
+        less[r * max_gates + g] = is_centred ? of_group[s.group_of[g]] : E(0);
+      }
+    }
+    for (long n = 0; n < count; ++n) {
+      long at = column + n * apart;
+      const E* is_unit = b.panels.vectors + (at / gates * vectors_a_chunk + valid) * chunk<E>;  // 0 past H, as products are
+      for (long r = 0; r < rows; ++r) {
+        E *start = to.data + to.row_at[r] + n * to.stride, mean = less[r * max_gates + at % gates];
+        for (int l = 0; l < chunk<E>; ++l)
+          start[l] = (is_there ? start[l] : E(0)) + (bias ? bias[n * apart * chunk<E> + l] : E(0)) - mean * is_unit[l];
+      }
+    }
+    return true;
   }
 
   // One row of a narrow input as the product takes it.
@@ -150,7 +196,7 @@ template <class E> struct Forward {
     if (s.traits.is_diagonal) return;
     long rows = order.rows(t), at = product_row(t, index);
     Blocked<E> h_old = from_row(b.h[t % 2], part.row);
-    long gates = s.traits.gates, depth = s.depth(s.P), panel = depth * chunk<E>;
+    long gates = s.traits.gates, depth = s.depth(s.P), panel = s.panel_rows(s.P) * chunk<E>;
     if constexpr (can_pair<E>)
       for (long n = 0; s.is_paired && n < s.P_chunks; ++n)
         for (long r = 0; r < rows; ++r) narrow(h_old, n, r, my.pairs, r);
@@ -158,14 +204,16 @@ template <class E> struct Forward {
     auto product = [&](int side, long column, long count, long apart, long period, Squares<E> sums) {
       Blocked<E> of_side = side == 0 ? from_row(b.v[0], at) : from_row(b.v[1], is_training ? at : part.row);
       Target<E> to{of_side.at(column, 0), my.chunk_at, apart * of_side.stride()};
-      bool has_inner = side == 1 && has_inner_bias(s, call.parameters[order.d], 1);
-      if (has_inner) fill(to, rows, count, b.panels.inner[1] + column * chunk<E>, apart);
+      bool is_begun = begin(1, side, {h_old.data, my.chunk_at, h_old.stride()}, rows, to, column, count, apart);
       with_factor<E>(s.is_paired, my.pairs, h_old, [&](auto left) {
         using F = typename decltype(left)::Element;
-        part.in_pieces(count, period, rows * panel, [&](long n, long some) {
-          multiply<F>({left.data, my.chunk_at, left.stride()}, rows,
-                      {(const F*)b.panels.recurrent + (column + n * apart) * panel, apart * panel}, some, depth,
-                      {to.data + n * to.stride, to.row_at, to.stride}, side == 0 || has_inner, sums);
+        with_word<F>([&](auto w) {
+          using W = decltype(w);
+          part.in_pieces(count, period, rows * depth * chunk<E>, [&](long n, long some) {
+            multiply<F, 1, W>({left.data, my.chunk_at, left.stride()}, rows,
+                              right<W>(b.panels.recurrent, panel, column + n * apart, apart), some, depth,
+                              {to.data + n * to.stride, to.row_at, to.stride}, is_begun, sums);
+          });
         });
       });
     };
@@ -200,13 +248,6 @@ template <class E> struct Forward {
         finish_norm(s, part, my.sums, side, call.eps, r, (side ? scale_h : my.scale[0]) + r * max_gates);
   }
 
-  // Chunks of `value` lie `apart` chunks from each other.
-  static void fill(Target<E> to, long rows, long chunks, const E* value, long apart) {
-    for (long n = 0; n < chunks; ++n)
-      for (long r = 0; r < rows; ++r)
-        for (int l = 0; l < chunk<E>; ++l) to.data[to.row_at[r] + n * to.stride + l] = value[n * apart * chunk<E> + l];
-  }
-
   // Step t, whose rows begin at `index` within the segment. True if the call is to end.
   bool step(long t, long index) {
     long rows = order.rows(t), at = product_row(t, index), now = t % 2;
@@ -233,8 +274,12 @@ template <class E> struct Forward {
     if (s.is_projected) {
       part.wait();
       Blocked<E> to = from_row(b.h[1 - now], part.row);
-      multiply<E>({p.h.data, my.chunk_at, p.h.stride()}, rows, {b.panels.projection + first_P * s.H * chunk<E>, s.H * chunk<E>},
-                  end_P - first_P, s.H, {to.at(first_P, 0), my.chunk_at, to.stride()}, false);
+      with_word<E>([&](auto w) {
+        using W = decltype(w);
+        multiply<E, 1, W>({p.h.data, my.chunk_at, p.h.stride()}, rows,
+                          right<W>(b.panels.projection, s.projection_rows() * chunk<E>, first_P, 1), end_P - first_P, s.H,
+                          {to.at(first_P, 0), my.chunk_at, to.stride()}, false);
+      });
     }
     if (is_training && part.member == 0) keep_sums(t, rows, scale_x);
     finish_step(t);

@@ -16,10 +16,12 @@ template <class F> struct Left {
   long stride;
 };
 
-// The right operand, in panels: chunk n of row k at data + n * stride + k * chunk<F>.
-template <class F> struct Right {
-  const F* data;
+// The right operand, in panels: chunk n of row k at data + n * stride + k * chunk<W>. Panels of `Four` have a row more in front
+// of the first, the factors of their columns; `tile` finds them at scales + n * stride.
+template <class W> struct Right {
+  const W* data;
   long stride;
+  const float* scales = nullptr;
 };
 
 // Chunk n of a row: data + row_at[row] + n * stride.
@@ -36,11 +38,42 @@ template <class E> struct Squares {
   INLINE E* at(long chunk, long r) const { return data + (n + chunk) % period * stride + (row + r) * lanes<E>; }
 };
 
-// Factors are of type F, results of type Sum<F>. If F is `Two`, each k below stands for two terms of a sum.
-template <class F, int rows, int chunks, int k_stride>
-void tile(Left<F> a, Right<F> b, long depth, Target<Sum<F>> c, bool is_added, Squares<Sum<F>> squares) {
+// Adds term j of a row of words to each sum, times that of the left operand.
+template <class F, int j, int vectors, int rows, int wide, class W>
+INLINE void add_term(Vec<Sum<F>> (&sums)[rows][wide], F const* const (&left)[rows], long k, const W* words, long stride) {
+  auto column = [&](int n) __attribute__((always_inline)) {
+    return term<j>(load(words + n / vectors * stride + n % vectors * lanes<W>), F{});
+  };
+  // The factor with fewer vectors waits in registers: else those of a low, wide tile would not suffice.
+  if constexpr (rows < wide) {
+    Vec<F> x[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) x[r] = broadcast(left[r][k]);
+#pragma GCC unroll 16
+    for (int n = 0; n < wide; ++n) {
+      Vec<F> y = column(n);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) add_product(sums[r][n], x[r], y);
+    }
+  } else {
+    Vec<F> y[wide];
+#pragma GCC unroll 16
+    for (int n = 0; n < wide; ++n) y[n] = column(n);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      Vec<F> x = broadcast(left[r][k]);
+#pragma GCC unroll 16
+      for (int n = 0; n < wide; ++n) add_product(sums[r][n], x, y[n]);
+    }
+  }
+}
+
+// Factors are of type F, results of type Sum<F>; the right ones lie in memory as words W of one or several terms. If F is `Two`,
+// each k below stands for two terms of a sum.
+template <class F, class W, int rows, int chunks, int k_stride>
+void tile(Left<F> a, Right<W> b, long depth, Target<Sum<F>> c, bool is_added, Squares<Sum<F>> squares) {
   using E = Sum<F>;
-  constexpr int vectors = chunk<E> / lanes<E>, wide = chunks * vectors, block = chunk<E>;
+  constexpr int vectors = chunk<E> / lanes<E>, wide = chunks * vectors, block = chunk<E>, terms = ISA::terms<F, W>;
   Vec<E> sums[rows][wide];
   const F* left[rows];
 #pragma GCC unroll 8
@@ -51,42 +84,28 @@ void tile(Left<F> a, Right<F> b, long depth, Target<Sum<F>> c, bool is_added, Sq
 #pragma GCC unroll 16
     for (int n = 0; n < wide; ++n) sums[r][n] = broadcast(E(0));
   }
-  const F* right = b.data;
-  auto multiply = [&](int k) __attribute__((always_inline)) {
-    auto column = [&](int n) __attribute__((always_inline)) {
-      return load(right + n / vectors * b.stride + n % vectors * lanes<E> + k * block);
-    };
-    // The factor with fewer vectors waits in registers: else those of a low, wide tile would not suffice.
-    if constexpr (rows < wide) {
-      Vec<F> x[rows];
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) x[r] = broadcast(left[r][k * k_stride]);
-#pragma GCC unroll 16
-      for (int n = 0; n < wide; ++n) {
-        Vec<F> y = column(n);
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) add_product(sums[r][n], x[r], y);
-      }
-    } else {
-      Vec<F> y[wide];
-#pragma GCC unroll 16
-      for (int n = 0; n < wide; ++n) y[n] = column(n);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        Vec<F> x = broadcast(left[r][k * k_stride]);
-#pragma GCC unroll 16
-        for (int n = 0; n < wide; ++n) add_product(sums[r][n], x, y[n]);
-      }
+  const W* right = b.data;
+  // The first `count` terms of a row of words.
+  auto multiply = [&](int word, long count) __attribute__((always_inline)) {
+    const W* words = right + word * block;
+    int k = word * terms;
+    add_term<F, 0, vectors>(sums, left, k * k_stride, words, b.stride);
+    if constexpr (terms > 1) {
+      if (count > 1) add_term<F, 1, vectors>(sums, left, (k + 1) * k_stride, words, b.stride);
+    }
+    if constexpr (terms > 2) {
+      if (count > 2) add_term<F, 2, vectors>(sums, left, (k + 2) * k_stride, words, b.stride);
+      if (count > 3) add_term<F, 3, vectors>(sums, left, (k + 3) * k_stride, words, b.stride);
     }
   };
   for (; depth >= block; depth -= block) {
 #pragma GCC unroll 4
-    for (int k = 0; k < block; ++k) multiply(k);
+    for (int word = 0; word < block / terms; ++word) multiply(word, terms);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) left[r] += a.stride;
-    right += block * block;
+    right += block / terms * block;
   }
-  for (int k = 0; k < depth; ++k) multiply(k);
+  for (int word = 0; word * terms < depth; ++word) multiply(word, depth - word * terms);
 
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
@@ -97,6 +116,7 @@ void tile(Left<F> a, Right<F> b, long depth, Target<Sum<F>> c, bool is_added, Sq
 #pragma GCC unroll 4
       for (int n = 0; n < vectors; ++n) {
         Vec<E>& x = sums[r][i * vectors + n];
+        if constexpr (has_scales<W>) x = x * load(b.scales + i * b.stride + n * lanes<E>);
         if (is_added) x += load(to + n * lanes<E>);
         store(to + n * lanes<E>, x);
         square += x * x;
@@ -111,21 +131,21 @@ template <class F> constexpr int chunks_for(int rows) {
   return fit < 1 ? 1 : fit > 4 ? 4 : fit;
 }
 
-template <class F, int rows, int k_stride, int chunks = chunks_for<F>(rows)>
-INLINE void tile_of(long wanted, Left<F> a, Right<F> b, long depth, Target<Sum<F>> c, bool is_added, Squares<Sum<F>> squares) {
+template <class F, class W, int rows, int k_stride, int chunks = chunks_for<F>(rows)>
+INLINE void tile_of(long wanted, Left<F> a, Right<W> b, long depth, Target<Sum<F>> c, bool is_added, Squares<Sum<F>> squares) {
   if constexpr (chunks > 1) {
-    if (wanted < chunks) return tile_of<F, rows, k_stride, chunks - 1>(wanted, a, b, depth, c, is_added, squares);
+    if (wanted < chunks) return tile_of<F, W, rows, k_stride, chunks - 1>(wanted, a, b, depth, c, is_added, squares);
   }
-  tile<F, rows, chunks, k_stride>(a, b, depth, c, is_added, squares);
+  tile<F, W, rows, chunks, k_stride>(a, b, depth, c, is_added, squares);
 }
 
-template <class F, int k_stride, int rows = TILE_ROWS>
-INLINE void tile_rows(long count, long chunks, Left<F> a, Right<F> b, long depth, Target<Sum<F>> c, bool is_added,
+template <class F, class W, int k_stride, int rows = TILE_ROWS>
+INLINE void tile_rows(long count, long chunks, Left<F> a, Right<W> b, long depth, Target<Sum<F>> c, bool is_added,
                       Squares<Sum<F>> squares) {
   if constexpr (rows > 1) {
-    if (count < rows) return tile_rows<F, k_stride, rows - 1>(count, chunks, a, b, depth, c, is_added, squares);
+    if (count < rows) return tile_rows<F, W, k_stride, rows - 1>(count, chunks, a, b, depth, c, is_added, squares);
   }
-  tile_of<F, rows, k_stride>(chunks, a, b, depth, c, is_added, squares);
+  tile_of<F, W, rows, k_stride>(chunks, a, b, depth, c, is_added, squares);
 }
 
 // Rows are cut evenly into tiles: 8 rows are 4 + 4, since a tile of 2 rows would only wait for its own sums.
@@ -137,25 +157,36 @@ template <class F> struct Tiling {
 
 // Fetches panels into L2 while those before them are multiplied: a share of them beside each of `tiles` tiles. It pays if the
 // panels come from beyond L2 and tiles are many; else the processor's own prefetching does better.
-template <class F> struct Prefetch {
-  Right<F> b;
-  long chunks, depth, tiles, wide;
+template <class W> struct Prefetch {
+  Right<W> b;
+  long chunks, depth, tiles, wide, block;  // rows of a panel: `depth`, and those of a depth_block
 
   INLINE bool is_worthwhile() const {
     constexpr long least_tiles = 6, least_bytes = 28 << 20;
-    return tiles >= least_tiles && tiles * chunks * depth * chunk<F> * (long)sizeof(F) >= least_bytes;
+    return tiles >= least_tiles && tiles * chunks * depth * chunk<W> * (long)sizeof(W) >= least_bytes;
   }
 
-  // Share i of the panels of chunks [n, n + wide), a depth_block from k on. Inlined: GCC drops calls that only prefetch.
+  // Share i of the panels of chunks [n, n + wide), a block of rows from k on. Inlined: GCC drops calls that only prefetch.
   INLINE void operator()(long n, long k, long i) const {
-    long rows = min(depth_block, depth - k);
+    long rows = min(block, depth - k);
     for (long end = min(n + wide, chunks); n < end; ++n) {
-      const F *panel = b.data + n * b.stride + k * chunk<F>, *stop = panel + rows * (i + 1) / tiles * chunk<F>;
+      const W *panel = b.data + n * b.stride + k * chunk<W>, *stop = panel + rows * (i + 1) / tiles * chunk<W>;
 #pragma GCC unroll 4
-      for (const F* row = panel + rows * i / tiles * chunk<F>; row < stop; row += chunk<F>) __builtin_prefetch(row, 0, 2);
+      for (const W* row = panel + rows * i / tiles * chunk<W>; row < stop; row += chunk<W>) __builtin_prefetch(row, 0, 2);
     }
   }
 };
+
+// The sum over k < depth of the left operand's row times b.
+template <class E> E dot(Left<E> a, long row, const E* b, long depth) {
+  const E* left = a.data + a.row_at[row];
+  Vec<E> total = broadcast(E(0));
+  for (; depth >= chunk<E>; depth -= chunk<E>, left += a.stride, b += chunk<E>)
+    for (int l = 0; l < chunk<E>; l += lanes<E>) total += load(left + l) * load(b + l);
+  E rest = 0;
+  for (long l = 0; l < depth; ++l) rest += left[l] * b[l];
+  return sum(total) + rest;
+}
 
 struct Nothing {
   INLINE void operator()() const {}
@@ -163,14 +194,14 @@ struct Nothing {
 
 // c = a b, or c += a b, for `rows` rows and `chunks` chunks of columns. The squares of the result are added to `squares`, if
 // given. `beside` is called once a tile, to prefetch memory that is needed later.
-template <class F, int k_stride = 1, class Beside = Nothing>
-void multiply(Left<F> a, long rows, Right<F> b, long chunks, long depth, Target<Sum<F>> c, bool is_added,
+template <class F, int k_stride = 1, class W = F, class Beside = Nothing>
+void multiply(Left<F> a, long rows, Right<W> b, long chunks, long depth, Target<Sum<F>> c, bool is_added,
               Squares<Sum<F>> squares = {}, Beside beside = {}) {
   if (rows == 0) return;
   constexpr long left_bytes = 192 << 10;  // of the left operand, read again for every panel: they stay in L2
   Tiling<F> tiling(rows);
   long tiles = tiling.down, wide = tiling.wide;
-  Prefetch<F> prefetch{b, chunks, depth, tiles, wide};
+  Prefetch<W> prefetch{b, chunks, ceil_div(depth, terms<F, W>), tiles, wide, depth_block / terms<F, W>};
   bool is_fetched = prefetch.is_worthwhile();
   long reach = max(1, left_bytes / (rows * (long)sizeof(F) * depth_block)) * depth_block;
   for (long far = 0; far == 0 || far < depth; far += reach)
@@ -178,14 +209,18 @@ void multiply(Left<F> a, long rows, Right<F> b, long chunks, long depth, Target<
       for (long k = far, end = min(depth, far + reach); k == far || k < end; k += depth_block) {
         bool is_last = k + depth_block >= depth;
         bool is_deeper = k + depth_block < end;
-        Right<F> right{b.data + n * b.stride + k * chunk<F>, b.stride};
+        const W* panel = b.data + n * b.stride;
+        Right<W> right{panel + k / terms<F, W> * chunk<W>, b.stride};
+        if constexpr (has_scales<W>) right.scales = (const float*)(panel - chunk<W>);
         for (long i = 0, row = 0; i < tiles; ++i) {
           long next = rows * (i + 1) / tiles;
           Left<F> left{a.data + k / chunk<F> * a.stride, a.row_at + row, a.stride};
           Target<Sum<F>> to{c.data + n * c.stride, c.row_at + row, c.stride};
-          tile_rows<F, k_stride>(next - row, min(wide, chunks - n), left, right, min(depth_block, depth - k), to,
-                                 is_added || k > 0, {is_last ? squares.data : nullptr, squares.stride, squares.period, n, row});
-          if (is_fetched) is_deeper ? prefetch(n, k + depth_block, i) : prefetch(n + wide, far, i);
+          tile_rows<F, W, k_stride>(next - row, min(wide, chunks - n), left, right, min(depth_block, depth - k), to,
+                                    is_added || k > 0,
+                                    {is_last ? squares.data : nullptr, squares.stride, squares.period, n, row});
+          if (is_fetched)
+            is_deeper ? prefetch(n, (k + depth_block) / terms<F, W>, i) : prefetch(n + wide, far / terms<F, W>, i);
           beside();
           row = next;
         }

@@ -102,6 +102,34 @@ template <class E> void fill_panel(const Shape& s, const Weight<E>& w, bool is_p
   }
 }
 
+// Fills the panel of chunk n of a gate's rows with integers in [-127, 127], behind the factor of each. NaN becomes -127.
+inline void fill_panel_int8(const Weight<float>& w, long gate, long n, Four* to) {
+  constexpr int C = chunk<float>;
+  float* scales = (float*)to;
+  for (int l = 0; l < C; ++l) {
+    long j = n * C + l, row = (gate * w.H + j) * w.columns;
+    float most = 0;
+    for (long k = 0; j < w.H && k < w.columns; ++k) most = __builtin_fmaxf(most, __builtin_fabsf(w.tensor.get(row + k)));
+    float unit = most / 127;
+    scales[l] = unit * four_unit;
+    for (long k = 0; k < ceil_div(w.columns, 4) * 4; ++k) {
+      float x = j < w.H && k < w.columns && unit > 0 ? __builtin_rintf(w.tensor.get(row + k) / unit) : 0;
+      to[(1 + k / 4) * C + l].value[k % 4] = (int8_t)(x > -127 ? x < 127 ? x : 127 : -127);
+    }
+  }
+}
+
+// Panel n of a weight: as it is and centred, or rounded and not, since rounding would leave a mean; Forward::begin subtracts it.
+template <class E> void fill_panel(const Shape& s, Weight<E> w, bool is_paired, long n, E* to) {
+  long gate = n % w.gates;
+  n /= w.gates;
+  if (s.is_rounded()) w.means = nullptr;
+  if constexpr (sizeof(E) == sizeof(float)) {
+    if (s.panel_type == FESTINA_INT8_PANELS) return fill_panel_int8(w, gate, n, (Four*)to);
+  }
+  fill_panel(s, w, is_paired || s.is_rounded(), gate, n, to);
+}
+
 // Fills the rows of all panels with chunk n of a gate's rows: [chunk of columns][row][column within the chunk]. Rows are
 // ordered as the columns of products are. A few rows at a time, each read from end to end.
 template <class E>

@@ -71,6 +71,7 @@ struct Shape {
   long H_chunks, I_chunks, P_chunks;
   int groups, group_of[max_gates];           // of gates that share statistics
   bool is_projected, is_centred, is_paired;  // is_paired: both products take pairs of bfloat16
+  int64_t panel_type;
   double group_size[max_gates];
 
   long sums_saved() const { return groups * (traits.is_normed[0] + traits.is_normed[1]) + (traits.has_norm_c ? 2 : 0); }
@@ -78,6 +79,14 @@ struct Shape {
   // About as many multiplications as a step of so many rows costs: those of the product, and the functions of each gate.
   long work(long rows) const { return rows * traits.gates * H * ((traits.is_diagonal ? 0 : P) + 32); }
   long depth(long terms) const { return is_paired ? ceil_div(terms, 2) : terms; }  // of a product that sums `terms` terms
+  bool is_rounded() const { return panel_type != FESTINA_WHOLE_PANELS; }
+  // Rows of a panel for `terms` terms. The first of int8 has the factors of its columns.
+  long scale_rows() const { return panel_type == FESTINA_INT8_PANELS; }
+  long panel_rows(long terms) const {
+    if (panel_type == FESTINA_INT8_PANELS) return scale_rows() + ceil_div(terms, 4);
+    return panel_type == FESTINA_BFLOAT16_PANELS ? ceil_div(terms, 2) : depth(terms);
+  }
+  long projection_rows() const { return is_rounded() ? panel_rows(H) : H; }
   // Threads of a team, so that none reads much more than weights_a_thread at every step.
   long team_size() const { return traits.is_diagonal ? 1 : max(1, columns() * depth(P) * cache_line / weights_a_thread); }
   long teams(long among) const { return max(1, min(among / team_size(), B / rows_a_team)); }
@@ -103,6 +112,7 @@ template <class E> Shape shape_of(const FestinaCall& call, const Traits& traits)
   s.H_chunks = ceil_div(s.H, chunk<E>), s.I_chunks = ceil_div(s.I, chunk<E>), s.P_chunks = ceil_div(s.P, chunk<E>);
   s.is_projected = call.parameters[0][FESTINA_WEIGHT_HR] != nullptr;
   s.is_paired = has_dot_products && call.type == FESTINA_BFLOAT16;
+  s.panel_type = call.panel_type;
   s.is_centred = call.placement != FESTINA_NO_NORM && !call.rms;
   for (int g = 0; g < traits.gates; ++g) {
     bool is_last = g == traits.gates - 1;
@@ -136,11 +146,11 @@ template <class E> Means<E> take_means(Arena& arena, const Shape& s) {
 }
 
 // The weights of one direction in the order in which the kernels read them: [chunk of columns][row][column within the chunk],
-// or of pairs [chunk of columns][two rows][column within the chunk][which row].
+// or of pairs [chunk of columns][two rows][column within the chunk][which row]. So are weights in bfloat16, and four rows of int8.
 template <class E> struct Panels {
   E *input, *recurrent, *projection;
-  E* vectors;   // [H_chunks, vectors_a_chunk, chunk], zero past H
-  E* inner[2];  // of each side, [columns, chunk]: what is added to the product before its norm
+  E* vectors;      // [H_chunks, vectors_a_chunk, chunk], zero past H
+  E* inner[2];     // of each side, [columns, chunk]: what is added to the product before its norm
   Means<E> means;  // forward: what the weights were centred by
 };
 
@@ -153,9 +163,9 @@ template <class E> Panels<E> take_vectors(Arena& arena, const Shape& s) {
 
 template <class E> Panels<E> take_panels(Arena& arena, const Shape& s) {
   Panels<E> p = take_vectors<E>(arena, s);
-  p.input = arena.take<E>(s.columns() * s.depth(s.I) * chunk<E>);
-  if (!s.traits.is_diagonal) p.recurrent = arena.take<E>(s.columns() * s.depth(s.P) * chunk<E>);
-  if (s.is_projected) p.projection = arena.take<E>(s.P_chunks * s.H * chunk<E>);
+  p.input = arena.take<E>(s.columns() * s.panel_rows(s.I) * chunk<E>);
+  if (!s.traits.is_diagonal) p.recurrent = arena.take<E>(s.columns() * s.panel_rows(s.P) * chunk<E>);
+  if (s.is_projected) p.projection = arena.take<E>(s.P_chunks * s.projection_rows() * chunk<E>);
   p.means = take_means<E>(arena, s);
   return p;
 }

@@ -29,6 +29,12 @@ template <> struct Raw<Two> {
   typedef int32_t loose __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));  // written half by half
 };
 
+// Four weights of 8 bits side by side.
+struct Four {
+  int8_t value[4];
+};
+template <> struct Raw<Four> : Raw<Two> {};
+
 template <class E> constexpr int lanes = VECTOR_BYTES / sizeof(E);
 
 // Columns are stored in chunks of one cache line, chunk / lanes vectors each.
@@ -78,6 +84,25 @@ constexpr bool has_dot_products = true;
 #else
 constexpr bool has_dot_products = false;
 #endif
+
+// Rounded weights are kept in words, of two bfloat16 or four integers of 8 bits, which are factors of successive terms of a sum.
+// A word may also be a factor itself: then it counts as one term.
+template <class F, class W> constexpr int terms = 1;
+template <> constexpr int terms<float, Two> = 2;
+template <> constexpr int terms<float, Four> = 4;
+
+template <class W> constexpr bool has_scales = false;
+template <> constexpr bool has_scales<Four> = true;
+
+// Term j of each word as a factor. Integers come times 2^24: at the upper end of a word the sign is where it has to be.
+constexpr float four_unit = 1.0f / (1 << 24);
+template <int j, class F> INLINE Vec<F> term(Vec<F> factor, F) { return factor; }
+template <int j> INLINE Vec<float> term(Vec<Two> words, float) {
+  return {(Raw<float>::type)(j == 0 ? words.v << 16 : words.v & -0x10000)};
+}
+template <int j> INLINE Vec<float> term(Vec<Four> words, float) {
+  return {__builtin_convertvector(j == 0 ? words.v << 24 : words.v << (24 - 8 * j) & -0x1000000, Raw<float>::type)};
+}
 
 template <class E> constexpr bool can_pair = has_dot_products && sizeof(E) == sizeof(Two);
 

@@ -141,6 +141,55 @@ void check_all_pairs() {
 void check_all_pairs() {}
 #endif
 
+// Rounded weights, as fill_panel lays them out: the same sums as of the numbers that they stand for.
+template <class W> void check_words(long rows, long chunks, long depth, bool is_added) {
+  constexpr long C = chunk<float>, lines = terms<float, W>;
+  constexpr bool is_int8 = has_scales<W>;
+  long across = padded_rows(rows), columns = chunks * C, in_panel = is_int8 + ceil_div(depth, lines);
+  float *a = numbers<float>(ceil_div(depth, C) * across * C), *c = numbers<float>(rows * columns);
+  float *weights = numbers<float>(columns * depth), *before = numbers<float>(rows * columns);
+  W* b = (W*)numbers<float>(chunks * in_panel * C);
+  long *left = (long*)malloc(rows * sizeof(long)), *target = (long*)malloc(rows * sizeof(long));
+  memcpy(before, c, rows * columns * sizeof(float));
+  for (long i = 0; i < columns; ++i) weights[i * depth] *= (float)(i % 5);  // rows of other sizes, one of zeros if depth is 1
+  for (long r = 0; r < rows; ++r) left[r] = r * C, target[r] = r * columns;
+  for (long r = 0; depth % C && r < rows; ++r)  // what lies behind the last term is not read
+    for (long l = depth % C; l < C; ++l) a[(depth / C * across + r) * C + l] = NAN;
+  FestinaCall call{};
+  Shape s = shape_of<float>(call, Traits{});
+  s.panel_type = is_int8 ? FESTINA_INT8_PANELS : FESTINA_BFLOAT16_PANELS;
+  Weight<float> w{Tensor<float>(weights, FESTINA_FLOAT32), 1, columns, depth, nullptr, 0};
+  for (long n = 0; n < chunks; ++n) fill_panel(s, w, false, n, (float*)(b + n * in_panel * C));
+  multiply<float, 1, W>({a, left, across * C}, rows, {b + is_int8 * C, in_panel * C}, chunks, depth, {c, target, C}, is_added);
+  for (long i = 0; i < rows * columns; ++i) {
+    double want = is_added ? before[i] : 0, most = 0;
+    const float* row = weights + i % columns * depth;
+    for (long k = 0; k < depth; ++k) most = fmax(most, fabs(row[k]));
+    for (long k = 0; k < depth; ++k) {
+      double rounded = !is_int8   ? from_bfloat16(to_bfloat16(row[k]))
+                       : most > 0 ? nearbyint(row[k] / (most / 127)) * most / 127
+                                  : 0;
+      want += a[(k / C * across + i / columns) * C + k % C] * rounded;
+    }
+    if (!(fabs(c[i] - want) <= 1e-6 * (depth + 2))) {
+      printf("words of %ld terms %ldx%ldx%ld: %ld is %g, not %g\n", lines, rows, chunks, depth, i, (double)c[i], want);
+      ++failures;
+      break;
+    }
+  }
+  free(a), free(b), free(c), free(weights), free(before), free(left), free(target);
+}
+
+void check_all_words() {
+  for (long rows : {1, 2, 3, 5, 6, 7, 8, 13})
+    for (long chunks : {1, 2, 3, 4, 5})
+      for (long depth : {1, 2, 3, 15, 16, 17, 33, 256, 257, 600})
+        for (bool is_added : {false, true}) {
+          check_words<Two>(rows, chunks, depth, is_added);
+          check_words<Four>(rows, chunks, depth, is_added);
+        }
+}
+
 // The number that is nearest to x in float16, ties to even.
 double in_float16(double x) {
   if (x == 0 || !isfinite(x)) return x;
@@ -247,6 +296,7 @@ int run() {
   check_transposition<float>();
   check_transposition<double>();
   check_all_pairs();
+  check_all_words();
   check_float16();
   check_functions<float>();
   check_functions<double>();

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from festina import norms, reference
-from festina.backends.cpu import CPU, abi
+from festina.backends.cpu import CPU, abi, new_outputs
+from festina.backends.cpu.frozen import FrozenPanels
 from festina.call import Call
-from festina.testing import Case, evaluate, widened, worst
+from festina.frozen import rounded_to_int8
+from festina.testing import Case, evaluate, result_names, widened, worst
 
 needs_core = pytest.mark.skipif(abi.library().core is None, reason=str(abi.library().reason))
 ROOT = Path(__file__).parents[2]
@@ -122,3 +124,27 @@ def disturbed_at(work: Callable[[], Any], where: ModuleType, instruction: int, d
     finally:
         sys.settrace(before)
     return seen >= instruction
+
+
+def rounded(tensor: torch.Tensor, panel_type: str) -> torch.Tensor:
+    """A parameter as frozen panels hold it."""
+    if tensor.dim() != 2 or panel_type == abi.WHOLE:
+        return tensor
+    if panel_type == "bfloat16":
+        return tensor.bfloat16().float()
+    values, scale = rounded_to_int8("weight", tensor)
+    return values * scale.unsqueeze(1)
+
+
+def frozen_differs(case: Case, panel_type: str) -> tuple[float, str]:
+    """The worst error of inference on frozen panels against the reference in float64, which has the same weights."""
+    call, _ = case.build()
+    call.parameters = tuple(rounded(parameter, panel_type) for parameter in call.parameters)
+    panels, outputs = FrozenPanels(call.layer, call.parameters, panel_type), new_outputs(call)
+    for output in outputs:
+        if output is not None:
+            output.fill_(torch.nan)
+    panels.forward(call, outputs)
+    names, wanted = result_names(call)[0], reference.run(widened(call))
+    got, want = ({name: out for name, out in zip(names, of) if out is not None} for of in (outputs, wanted))
+    return worst(got, want)

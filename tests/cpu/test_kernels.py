@@ -73,8 +73,8 @@ import sys
 from dataclasses import replace
 sys.path[:0] = ["tests", "tests/cpu"]
 import torch
-from on_core import differs, errors
-from test_kernels import BY_ISA, NARROW, PAIRED, TIMES_EAGER
+from on_core import differs, errors, frozen_differs
+from test_kernels import BY_ISA, FROZEN, NARROW, PAIRED, TIMES_EAGER
 from festina.backends.cpu import abi, plans
 from festina.testing import TOLERANCES
 isa = abi.core().isa()
@@ -85,6 +85,10 @@ for case in BY_ISA:
 for threads in (1, 3):
     plans.threads_for = lambda *_: threads
     plans.make_plan.cache_clear()
+    for case in FROZEN:
+        for panel_type in abi.core().layout.values["panel_type"]:
+            found, name = frozen_differs(case, panel_type)
+            assert found <= TOLERANCES[case.dtype], f"{case}, {panel_type}: {name} differs by {found:.2e}"
     for case in NARROW:
         found = [errors(replace(case, seed=seed))[:2] for seed in range(3)]
         ratio = statistics.median(ours / eagers for ours, eagers in found)
@@ -102,6 +106,7 @@ DEEP = [
 NARROW = [replace(case, dtype=torch.bfloat16) for case in (*SPLIT, *DEEP)] + [
     replace(case, dtype=torch.float16) for case in (*SPLIT[1::3], DEEP[1])
 ]
+FROZEN = [replace(case, features=tuple({*case.features} - {"zoneout", "zoneout_cell"})) for case in SPLIT]
 PAIRED = {"avx512bf16", "wide"}
 
 

@@ -23,7 +23,16 @@ from festina.backends.cpu.plans import (
     saved_bytes,
     short,
 )
-from festina.backends.cpu.weights import PanelCache, Panels, Ready, fingerprints_of, is_owned, marks_of, prepare
+from festina.backends.cpu.weights import (
+    PanelCache,
+    Panels,
+    Ready,
+    fingerprints_of,
+    is_owned,
+    marks_of,
+    prepare,
+    put_back,
+)
 from festina.backends.support import BackendError, missing_kernel
 from festina.call import Call, Case, Outputs, Step
 from festina.spec import LayerSpec
@@ -117,32 +126,23 @@ class Cpu:
             or _is_any_autocast_enabled()
         ):
             return None
-        dtype = input.dtype
-        key = (input.shape, dtype, rates, torch.get_num_threads(), is_training)
+        key = (input.shape, input.dtype, rates, torch.get_num_threads(), is_training)
         ready: Ready | None
         try:
             ready = found.ready[key].pop()
         except LookupError:
             ready = self._prepare(layer, parameters, input, rates, found, is_training)
-        if ready is None or len(state) != len(ready.shapes):
+        if ready is None or (outputs := ready.bind(input, state)) is None:
             return None
-        for tensor, shape in zip(state, ready.shapes):
-            if tensor.shape != shape or tensor.dtype != dtype or not (tensor.is_cpu and tensor.is_contiguous()):
-                return None
-        args, (h_0, *c_0) = ready.args, state
-        outputs, saved = [*map(torch.empty_like, state)], []
-        args.input, args.h_0 = input.data_ptr(), h_0.data_ptr()
-        args.output = args.h_n = outputs[0].data_ptr()  # the output of one step is the new h
-        if c_0:
-            args.c_0, args.c_n = c_0[0].data_ptr(), outputs[1].data_ptr()
+        saved = []
         if is_training:
             saved.append(POOL.tensor(ready.saved))
-            args.saved = saved[0].data_ptr()
+            ready.args.saved = saved[0].data_ptr()
         if status := ready.run():
             if status != abi.core().stale:
                 raise abi.core().error()
             return None
-        found.put_back(key, ready)
+        put_back(found.ready, key, ready)
         return Step(outputs, saved)
 
     def _prepare(

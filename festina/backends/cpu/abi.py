@@ -24,6 +24,8 @@ from festina import environment
 VERSION = 9
 LIBRARY = "libfestina_core.so"
 INFERENCE, TRAINING, BACKWARD = "inference", "training", "backward"
+WHOLE = "whole"
+"""The type of panels that are not rounded."""
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "festina_version": (c_int, []),

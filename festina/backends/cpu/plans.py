@@ -137,6 +137,7 @@ def make_plan(
     rates: tuple[float, float],
     threads: int,
     wanted: tuple[bool, ...],
+    panel_type: str = abi.WHOLE,
 ) -> Plan:
     """The plan of calls to the layer of that token whose tensors have these shapes.
 
@@ -145,6 +146,7 @@ def make_plan(
         has_masks: of Zoneout on h and on c.
         threads: torch's; here for the sake of the cache alone.
         wanted: the gradients that backward computes, of input, states and parameters.
+        panel_type: of the weights, in inference.
     """
     layer, core = LayerSpec.parse(token), abi.core()
     N, I = input
@@ -163,6 +165,7 @@ def make_plan(
         zoneout_cell=rates[1],
         has_zoneout=int(has_masks[0] or rates[0] != 0),
         has_zoneout_cell=int(has_masks[1] or rates[1] != 0),
+        panel_type=core.layout.values["panel_type"][panel_type],
         **constants(layer),
     )
     fields["pass"] = core.layout.values["pass"][which]

@@ -42,7 +42,23 @@ class Ready(NamedTuple):
     args: Any
     run: Callable[[], int]
     workspace: Tensor
-    saved: int  # bytes that training keeps
+    saved: int = 0  # bytes that training keeps
+
+    def bind(self, input: Tensor, state: Sequence[Tensor]) -> list[Tensor] | None:
+        """Tensors for the new state, of a step on these. None if the state does not fit the input."""
+        if len(state) != len(self.shapes):
+            return None
+        dtype = input.dtype
+        for tensor, shape in zip(state, self.shapes):
+            if tensor.shape != shape or tensor.dtype != dtype or not (tensor.is_cpu and tensor.is_contiguous()):
+                return None
+        args, (h_0, *c_0) = self.args, state
+        outputs = [*map(torch.empty_like, state)]
+        args.input, args.h_0 = input.data_ptr(), h_0.data_ptr()
+        args.output = args.h_n = outputs[0].data_ptr()  # the output of one step is the new h
+        if c_0:
+            args.c_0, args.c_n = c_0[0].data_ptr(), outputs[1].data_ptr()
+        return outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +116,18 @@ class Panels:
             raise core.error()
         return not status
 
-    def put_back(self, key: tuple[Any, ...], ready: Ready) -> None:
-        """Keep a step for the next call that has `key`, in place of those of the oldest key if there are too many."""
-        if ready.workspace.nbytes > MOST_READY_BYTES:
-            return
-        waiting = self.ready.get(key)
-        if waiting is None:
-            if len(self.ready) >= MOST_READY:
-                for oldest in list(self.ready)[:1]:  # a copy, and no index: other threads may empty the dict
-                    self.ready.pop(oldest, None)
-            waiting = self.ready.setdefault(key, [])
-        waiting.append(ready)
+
+def put_back(steps: dict[tuple[Any, ...], list[Ready]], key: tuple[Any, ...], ready: Ready) -> None:
+    """Keep a step for the next call that has `key`, in place of those of the oldest key if there are too many."""
+    if ready.workspace.nbytes > MOST_READY_BYTES:
+        return
+    waiting = steps.get(key)
+    if waiting is None:
+        if len(steps) >= MOST_READY:
+            for oldest in list(steps)[:1]:  # a copy, and no index: other threads may empty the dict
+                steps.pop(oldest, None)
+        waiting = steps.setdefault(key, [])
+    waiting.append(ready)
 
 
 def marks_of(parameters: Sequence[Tensor]) -> tuple[Any, ...]:
