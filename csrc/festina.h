@@ -38,7 +38,8 @@ extern "C" {
   VALUE(cell, FESTINA_GRU_JOINT, "gru_joint")    \
   VALUE(cell, FESTINA_GRU_EARLY, "gru_early")    \
   VALUE(cell, FESTINA_INDRNN, "indrnn")          \
-  VALUE(cell, FESTINA_INDRNN_RELU, "indrnn_relu")
+  VALUE(cell, FESTINA_INDRNN_RELU, "indrnn_relu") \
+  VALUE(cell, FESTINA_GRU_STATE, "gru_state")
 
 #define FESTINA_PLACEMENTS(VALUE)                \
   VALUE(placement, FESTINA_NO_NORM, "none")      \

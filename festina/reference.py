@@ -72,7 +72,8 @@ def gru_joint_step(pre: PreActivations, state: State) -> Tensor:
 
 
 def gru_early_step(pre: PreActivations, state: State) -> Tensor:
-    """pre: [B, 3, H] from x and from h, or their one normalised sum, order r z n, with r already in n; state: (h [B, H],)."""
+    """pre: [B, 3, H] from x and from h, or their one normalised sum, order r z n, with r already in n, be it in its product
+    or in the h of that; state: (h [B, H],)."""
     _, z, n = total(pre).unbind(1)
     z = torch.sigmoid(z)
     return z * state[0] + (1 - z) * torch.tanh(n)
@@ -88,6 +89,7 @@ STEPS: dict[str, Callable[[PreActivations, State], Tensor]] = {
     "gru": gru_step,
     "gru_joint": gru_joint_step,
     "gru_early": gru_early_step,
+    "gru_state": gru_early_step,
     "indrnn": partial(indrnn_step, torch.tanh),
     "indrnn_relu": partial(indrnn_step, torch.relu),
 }

@@ -27,8 +27,8 @@ class CellSpec:
         steps: the placements that this cell admits, each with the name of its step function in every telling. The function
             takes two pre-activations (from x and from h), or their one normalised sum if the placement is `joint`.
         groups: the `NormPlan.groups` that this cell admits.
-        early_step: the step function for plans in which the reset gate acts before the norm (`NormPlan.reset` other than
-            `normed`); None for a cell without a reset gate.
+        early_steps: the step functions for plans in which the reset gate acts before the norm, by `NormPlan.reset`; none for
+            a cell without a reset gate.
         diagonal: the recurrent weight is a vector, `u ⊙ h`: no recurrent bias, no recurrent norm.
         projects: the cell can project h (`proj_size`).
     """
@@ -38,7 +38,7 @@ class CellSpec:
     states: tuple[str, ...]
     steps: Mapping[str, str]
     groups: tuple[str, ...] = ("all", "gate")
-    early_step: str | None = None
+    early_steps: Mapping[str, str] = field(default_factory=dict)
     diagonal: bool = False
     projects: bool = False
 
@@ -83,7 +83,7 @@ class CellSpec:
             without |= {"cell": "none", "clip": None}
         if self.diagonal:
             without |= {"inner_bias_hh": False}
-        if self.early_step is None:
+        if not self.early_steps:
             without |= {"reset": "normed"}
         loses = any(getattr(plan, name) != value for name, value in without.items())
         return replace(plan, **without) if loses else plan
@@ -115,7 +115,7 @@ GRU = CellSpec(
     states=("h",),
     steps={"none": "gru", "separate": "gru", "joint": "gru_joint"},
     groups=("all", "gate", "gates|candidate"),
-    early_step="gru_early",
+    early_steps={"product": "gru_early", "state": "gru_state"},
 )
 INDRNN = CellSpec(
     "indrnn",
@@ -126,7 +126,7 @@ INDRNN = CellSpec(
 )
 INDRNN_RELU = replace(INDRNN, name="indrnn_relu", steps={"none": "indrnn_relu", "separate": "indrnn_relu"})
 
-SAVED = 5
+SAVED = 6
 """Version of what backends save for backward. torch.compile keeps graphs on disk, with the sizes of saved tensors in them;
 this number is part of the `token`, so that a layer never meets the graph of another version."""
 
@@ -225,9 +225,7 @@ class LayerSpec:
     @property
     def step(self) -> str:
         """The name of this layer's step function."""
-        if self.plan.reset != "normed" and self.cell.early_step:
-            return self.cell.early_step
-        return self.cell.steps[self.plan.placement]
+        return self.cell.early_steps.get(self.plan.reset) or self.cell.steps[self.plan.placement]
 
     @staticmethod
     @cache

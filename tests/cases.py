@@ -62,6 +62,23 @@ RARE_PLANS = [
             ("separate", "joint"), ("gate", "gates|candidate"), get_args(Kind), (False, True)
         )
     ),
+    *(
+        NormPlan(
+            placement,
+            groups,
+            kind=kind,
+            eps=LOUD_EPS,
+            inner_bias=inner_bias,
+            inner_bias_hh=not inner_bias,
+            reset="state",
+        )
+        for placement, groups, kind, inner_bias in (
+            ("separate", "gate", "layer", False),
+            ("separate", "gates|candidate", "rms", True),
+            ("joint", "gate", "rms", False),
+            ("joint", "gates|candidate", "layer", True),
+        )
+    ),
 ]
 """Fields that few projects use, and that RAW_PLANS leave out; the clip is one that many values of c meet."""
 

@@ -13,9 +13,11 @@ template <class E> struct BackwardBuffers {
   Blocked<E> d_v[2], x, h_old, unprojected, d_h_projected;  // by slot
   Blocked<Two> pairs[2];                                    // by slot: d_v as the products with weights take it
   long* token_of;                                           // by slot
-  Blocked<E> d_h, d_h_new, d_c, d_c_new, d_c_hat, c_old;
-  E* d_weight[3];  // of weight_ih, weight_hh, weight_hr, if they cannot be summed in place
-  E* d_inner[2];   // of bias_inner and bias_inner_hh, [columns, chunk]
+  Blocked<E> gated_h;                                       // by slot
+  Blocked<E> d_h, d_h_new, d_c, d_c_new, d_c_hat, c_old, d_gated_h;
+  Blocked<Two> gate_pairs;  // of a cell with a gated h: d_v as its recurrent product takes it, gate after gate
+  E* d_weight[3];           // of weight_ih, weight_hh, weight_hr, if they cannot be summed in place
+  E* d_inner[2];            // of bias_inner and bias_inner_hh, [columns, chunk]
 };
 
 // A weight's gradient [rows, columns]; `wanted` is the caller's tensor, or null.
@@ -65,6 +67,10 @@ BackwardBuffers<E> take_backward(Arena& arena, Arena& panels, Arena& saved, cons
     b.c_old = arena.take_blocked<E>(s.H_chunks, s.B);
   }
   if (s.traits.has_inner()) b.d_c_hat = arena.take_blocked<E>(s.H_chunks, s.B);
+  if (s.traits.has_gated_h) {
+    b.gated_h = arena.take_blocked<E>(s.P_chunks, slots), b.d_gated_h = arena.take_blocked<E>(s.P_chunks, s.B);
+    if (s.is_paired) b.gate_pairs = arena.take_blocked<Two>(s.traits.gates * s.pair_chunks(), s.B);
+  }
   for (E*& d_inner : b.d_inner) d_inner = arena.take<E>(depth);
   for (int w = 0; w < 3; ++w) {
     WeightGradient f = weight_gradient_of(s, call, d, w);
@@ -251,6 +257,7 @@ template <class E> struct Backward {
     p.d_h = from_row(b.d_h, part.row), p.d_h_new = p.is_h_kept || s.is_projected ? from_row(b.d_h_new, part.row) : p.d_h;
     p.d_c = from_row(b.d_c, part.row), p.d_c_new = p.is_c_kept ? from_row(b.d_c_new, part.row) : p.d_c;
     p.d_c_hat = from_row(b.d_c_hat, part.row);
+    p.gated_h = from_row(b.gated_h, slot), p.d_gated_h = from_row(b.d_gated_h, part.row);
     p.d_c_hat_mean = my.d_c_hat_mean, p.d_c_hat_dot = my.d_c_hat_dot;
     p.sums = my.sums.own, p.sum_rows = my.sums.rows;
 
@@ -267,7 +274,13 @@ template <class E> struct Backward {
       norm_c_backward(rows);
       kernels.update_backward(p);
     }
-    norms_backward(p);
+    int gates = s.traits.gates, plain = s.traits.plain_gates();
+    if (s.traits.has_gated_h) {
+      norms_backward(p, plain, gates);
+      gates_backward(p, plain, gates, p.d_gated_h, false, {});
+      kernels.update_backward(p);
+    }
+    norms_backward(p, 0, plain);
     if (s.is_paired) narrow_products(p, slot);
     part.look(s.work(rows) / part.members);
     bool is_ended = s.traits.is_diagonal ? part.wait() : recurrent_product_backward(p, slot, prefetch_of(t - 1, rows));
@@ -279,28 +292,28 @@ template <class E> struct Backward {
     return is_ended;
   }
 
+  // For the gradient of the input, and for that of h.
   void narrow_products(const CellStep<E>& p, long slot) const {
     if constexpr (can_pair<E>)
-      for (int side = call.d_input ? 0 : s.traits.sides - 1; side < s.traits.sides; ++side)
+      for (int side = 0; side < s.traits.sides; ++side) {
+        bool is_of_h = side == s.traits.sides - 1 && !s.traits.has_gated_h;
+        if (!is_of_h && !(side == 0 && call.d_input)) continue;
         for (long n = first * s.traits.gates; n < end * s.traits.gates; ++n)
           for (long r = 0; r < p.rows; ++r) narrow(p.d_v[side], n, r, b.pairs[side], slot + r);
+      }
   }
 
   // d_h from the gradients of products. A thread begins with those of its own chunks, while others finish theirs. True if the
   // call is to end.
   bool recurrent_product_backward(const CellStep<E>& p, long slot, LinePrefetch<E> ahead) const {
+    if (s.traits.has_gated_h) return gates_backward(p, 0, s.traits.plain_gates(), p.d_h, true, ahead);
     int side = s.traits.sides - 1;
     long gates = s.traits.gates, depth = s.depth(s.columns() * chunk<E>), panel = depth * chunk<E>;
     bool is_begun = p.is_h_kept || !s.traits.has_c;
     // Adds terms [from, stop) of the sum; `left` begins at the first of them.
     auto sum_over = [&](auto left, long from, long stop) {
-      using F = typename decltype(left)::Element;
       if (from == stop) return;
-      part.in_pieces(end_P - first_P, 1, p.rows * (stop - from) * chunk<F>, [&](long n, long some) {
-        multiply<F>({left.data, my.chunk_at, left.stride()}, p.rows,
-                    {(const F*)b.panels.recurrent + (first_P + n) * panel + from * chunk<F>, panel}, some, stop - from,
-                    {p.d_h.at(first_P + n, 0), my.chunk_at, p.d_h.stride()}, is_begun, {}, [&] { ahead(); });
-      });
+      add_terms(p, left, b.panels.recurrent + from * chunk<E>, panel, stop - from, p.d_h, is_begun, ahead);
       is_begun = true;
     };
     if constexpr (can_pair<E>) {
@@ -318,6 +331,35 @@ template <class E> struct Backward {
     columns(0, first * gates);
     columns(end * gates, s.columns());
     return is_ended;
+  }
+
+  // The same of gates [from, to), whose panels lie gate after gate: to `d`, or added to it. True if the call is to end.
+  bool gates_backward(const CellStep<E>& p, int from, int to, Blocked<E> d, bool is_added, LinePrefetch<E> ahead) const {
+    const Blocked<E>& d_v = p.d_v[s.traits.sides - 1];
+    long depth = s.depth(s.H_chunks * chunk<E>), panel = depth * chunk<E>;
+    auto of_gate = [&](int g) { return Blocked<E>{d_v.at(g, 0), d_v.rows * s.traits.gates}; };
+    auto pairs_of = [&](int g) {
+      return from_row(Blocked<Two>{b.gate_pairs.at(g * s.pair_chunks(), 0), b.gate_pairs.rows}, part.row);
+    };
+    if constexpr (can_pair<E>)
+      for (int g = from; s.is_paired && g < to; ++g)
+        for (long n = first; n < end; ++n)
+          for (long r = 0; r < p.rows; ++r) narrow(of_gate(g), n, r, pairs_of(g), r);
+    bool is_ended = part.wait();
+    for (int g = from; g < to; ++g)
+      with_factor<E>(s.is_paired, pairs_of(g), of_gate(g), [&](auto left) {
+        add_terms(p, left, b.panels.recurrent + g * s.P_chunks * panel, panel, depth, d, is_added || g > from, ahead);
+      });
+    return is_ended;
+  }
+
+  // A product of `depth` terms, or pairs of them: to this thread's chunks of `d`, or added to them. Panels lie `panel` apart.
+  template <class F> void add_terms(const CellStep<E>& p, Blocked<F> left, const E* right, long panel, long depth, Blocked<E> d,
+                                    bool is_added, LinePrefetch<E>& ahead) const {
+    part.in_pieces(end_P - first_P, 1, p.rows * depth * chunk<F>, [&](long n, long some) {
+      multiply<F>({left.data, my.chunk_at, left.stride()}, p.rows, {(const F*)right + (first_P + n) * panel, panel}, some,
+                  depth, {d.at(first_P + n, 0), my.chunk_at, d.stride()}, is_added, {}, [&] { ahead(); });
+    });
   }
 
   // What the kernels of step t will read first, to be prefetched a few lines at a time during the product of the step at
@@ -353,17 +395,19 @@ template <class E> struct Backward {
     }
   }
 
-  void norms_backward(const CellStep<E>& p) {
+  // Of gates [from, to).
+  void norms_backward(const CellStep<E>& p, int from, int to) {
     if (!s.traits.is_normed[0] && !s.traits.is_normed[1]) return;
     for (int side = 0; side < 2; ++side)
-      for (int g = 0; s.traits.is_normed[side] && g < s.traits.gates; ++g) my.sums.publish(side * max_gates + g, p.rows);
+      for (int g = from; s.traits.is_normed[side] && g < to; ++g) my.sums.publish(side * max_gates + g, p.rows);
     part.wait();
     for (int side = 0; side < 2; ++side) {
       if (!s.traits.is_normed[side]) continue;
       for (long r = 0; r < p.rows; ++r)
-        norm_correction(s, part, my.sums, side, r, my.scale[side] + r * max_gates, my.correction[side] + r * max_gates);
-      norm_backward(s, s.traits.normed_gates(side), first, end, p.rows, my.scale[side], my.correction[side], p.v[side],
-                    p.d_v[side]);
+        norm_correction(s, part, my.sums, side, from, to, r, my.scale[side] + r * max_gates,
+                        my.correction[side] + r * max_gates);
+      norm_backward(s, from, min(to, s.traits.normed_gates(side)), first, end, p.rows, my.scale[side], my.correction[side],
+                    p.v[side], p.d_v[side]);
     }
     if (!s.traits.has_split_sum()) return;
     for (long n = first * s.traits.gates; n < end * s.traits.gates; ++n)  // the gradient of a sum is that of both terms

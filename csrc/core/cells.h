@@ -1,6 +1,7 @@
 // The cells. A cell takes its pre-activations `a`, normalised and shifted, and its inner state `s`: c (as its norm shows it) if
 // it has one, else the h of the step before. Gates before `emit_from` serve `update` alone. has_split_candidate: the last
-// gate takes its two products apart, in a[gates - 1] and a[gates].
+// gate takes its two products apart, in a[gates - 1] and a[gates]. has_gated_h: the last gate's recurrent product takes in the h
+// that `update` makes.
 #pragma once
 #include "math.h"
 
@@ -8,7 +9,7 @@ namespace ISA {
 
 struct Lstm {  // i f g o
   static constexpr int gates = 4, emit_from = 3;
-  static constexpr bool has_c = true, has_split_candidate = false, is_diagonal = false;
+  static constexpr bool has_c = true, has_split_candidate = false, is_diagonal = false, has_gated_h = false;
 
   template <class V> static INLINE V update(const V* a, V c) { return sigmoid(a[1]) * c + sigmoid(a[0]) * tanh(a[2]); }
 
@@ -31,7 +32,7 @@ struct Lstm {  // i f g o
 
 struct Gru {  // r z n, the reset gate after the product: a[2] is n's part of x, a[3] its part of h
   static constexpr int gates = 3, emit_from = 0;
-  static constexpr bool has_c = false, has_split_candidate = true, is_diagonal = false;
+  static constexpr bool has_c = false, has_split_candidate = true, is_diagonal = false, has_gated_h = false;
 
   template <class V> static INLINE V emit(const V* a, V h) {
     V n = tanh(a[2] + sigmoid(a[0]) * a[3]);
@@ -52,7 +53,7 @@ struct Gru {  // r z n, the reset gate after the product: a[2] is n's part of x,
 
 struct GruJoint {  // r z n of one sum; z lets the new state in, and starts mostly closed
   static constexpr int gates = 3, emit_from = 0;
-  static constexpr bool has_c = false, has_split_candidate = false, is_diagonal = false;
+  static constexpr bool has_c = false, has_split_candidate = false, is_diagonal = false, has_gated_h = false;
 
   template <class V> static INLINE V emit(const V* a, V h) {
     V n = tanh(sigmoid(a[0]) * a[2]);
@@ -75,7 +76,7 @@ struct GruJoint {  // r z n of one sum; z lets the new state in, and starts most
 // whole candidate `a_n`. early.h puts the norm between them.
 struct GruEarly {
   static constexpr int gates = 3, emit_from = 1;
-  static constexpr bool has_c = false, has_split_candidate = true, is_diagonal = false;
+  static constexpr bool has_c = false, has_split_candidate = true, is_diagonal = false, has_gated_h = false;
 
   template <class V> static INLINE V update(V a_r, V h_n) { return sigmoid(a_r) * h_n; }
 
@@ -99,6 +100,24 @@ struct GruEarly {
   }
 };
 
+// r z n. The reset gate multiplies the h that n's recurrent product takes in.
+struct GruState {
+  static constexpr int gates = 3, emit_from = 1;
+  static constexpr bool has_c = false, has_split_candidate = false, is_diagonal = false, has_gated_h = true;
+
+  template <class V> static INLINE V update(const V* a, V h) { return GruEarly::update(a[0], h); }
+
+  template <class V> static INLINE V emit(const V* a, V h) { return GruEarly::emit(a[1], a[2], h); }
+
+  template <class V> static INLINE void update_backward(const V* a, V h, V d_gated_h, V* d_a, V& d_h) {
+    GruEarly::update_backward(a[0], h, d_gated_h, d_a[0], d_h);
+  }
+
+  template <class V> static INLINE void emit_backward(const V* a, V h, V d_h_new, V* d_a, V& d_h) {
+    GruEarly::emit_backward(a[1], a[2], h, d_h_new, d_a[1], d_a[2], d_h);
+  }
+};
+
 struct Tanh {
   template <class V> static INLINE V value(V x) { return tanh(x); }
   template <class V> static INLINE V backward(V x, V d) {
@@ -116,7 +135,7 @@ struct Relu {
 
 template <class Activation> struct IndRnn {  // one gate; a[0] holds u * h already
   static constexpr int gates = 1, emit_from = 0;
-  static constexpr bool has_c = false, has_split_candidate = false, is_diagonal = true;
+  static constexpr bool has_c = false, has_split_candidate = false, is_diagonal = true, has_gated_h = false;
 
   template <class V> static INLINE V emit(const V* a, V) { return Activation::value(a[0]); }
 

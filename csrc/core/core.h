@@ -157,15 +157,19 @@ template <class E> struct Core {
     for (long d = 0; d < s.directions; ++d) {
       Panels<E> p = backward[d].panels;
       if (d % workers == worker) fill_vectors(s, call, call.parameters[d], p);
-      auto fill = [&](int which, bool is_paired, long rows, E* panels) {
+      // Rows are ordered as the columns of products are, or gate after gate in panels of their own.
+      auto fill = [&](int which, bool is_paired, long rows, bool is_apart, E* panels) {
         Weight<E> w = weight(d, which);
-        long depth = w.gates * rows * chunk<E> / (is_paired ? 2 : 1);
-        for (long n = worker; n < w.gates * rows; n += workers)
-          fill_panel_rows(s, w, is_paired, n % w.gates, n / w.gates, depth, panels);
+        long depth = (is_apart ? 1 : w.gates) * rows * chunk<E> / (is_paired ? 2 : 1);
+        long apart = is_apart ? ceil_div(w.columns, chunk<E>) * chunk<E> * depth : 0;
+        for (long n = worker; n < w.gates * rows; n += workers) {
+          long gate = n % w.gates;
+          fill_panel_rows(s, w, is_paired, gate, n / w.gates, is_apart ? n / w.gates : n, depth, panels + gate * apart);
+        }
       };
-      if (!s.traits.is_diagonal) fill(FESTINA_WEIGHT_HH, s.is_paired, s.H_chunks, p.recurrent);
-      if (call.d_input) fill(FESTINA_WEIGHT_IH, s.is_paired, s.H_chunks, p.input);
-      if (s.is_projected) fill(FESTINA_WEIGHT_HR, false, s.P_chunks, p.projection);
+      if (!s.traits.is_diagonal) fill(FESTINA_WEIGHT_HH, s.is_paired, s.H_chunks, s.traits.has_gated_h, p.recurrent);
+      if (call.d_input) fill(FESTINA_WEIGHT_IH, s.is_paired, s.H_chunks, false, p.input);
+      if (s.is_projected) fill(FESTINA_WEIGHT_HR, false, s.P_chunks, false, p.projection);
     }
   }
 

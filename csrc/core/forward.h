@@ -9,7 +9,7 @@ namespace ISA {
 template <class E> struct ForwardBuffers {
   Panels<E> panels;
   Saved<E> saved;
-  Blocked<E> h[2], c[2], unprojected;
+  Blocked<E> h[2], c[2], unprojected, gated_h;
   Blocked<E> v[2];  // inference: products of the steps at hand
 };
 
@@ -29,6 +29,7 @@ ForwardBuffers<E> take_forward(Arena& arena, Arena& panels, Arena& saved, const 
     if (s.traits.has_inner()) b.c[parity] = arena.take_blocked<E>(s.H_chunks, s.B);
   }
   if (s.is_projected) b.unprojected = arena.take_blocked<E>(s.H_chunks, s.B);
+  if (s.traits.has_gated_h) b.gated_h = arena.take_blocked<E>(s.P_chunks, s.B);
   return b;
 }
 
@@ -191,21 +192,20 @@ template <class E> struct Forward {
     for (long k = 0; k < s.I; ++k) pairs[k] = from[k];
   }
 
-  // The recurrent product of one step.
-  void recurrent_product(long t, long index) {
+  // Gates [from, to) of the recurrent product of one step, which takes in `h`.
+  void recurrent_product(long t, long index, Blocked<E> h, int from, int to) {
     if (s.traits.is_diagonal) return;
     long rows = order.rows(t), at = product_row(t, index);
-    Blocked<E> h_old = from_row(b.h[t % 2], part.row);
     long gates = s.traits.gates, depth = s.depth(s.P), panel = s.panel_rows(s.P) * chunk<E>;
     if constexpr (can_pair<E>)
       for (long n = 0; s.is_paired && n < s.P_chunks; ++n)
-        for (long r = 0; r < rows; ++r) narrow(h_old, n, r, my.pairs, r);
+        for (long r = 0; r < rows; ++r) narrow(h, n, r, my.pairs, r);
     // To one side, `count` columns from `column` on that lie `apart`; squares are summed apart for `period` successive ones.
     auto product = [&](int side, long column, long count, long apart, long period, Squares<E> sums) {
       Blocked<E> of_side = side == 0 ? from_row(b.v[0], at) : from_row(b.v[1], is_training ? at : part.row);
       Target<E> to{of_side.at(column, 0), my.chunk_at, apart * of_side.stride()};
-      bool is_begun = begin(1, side, {h_old.data, my.chunk_at, h_old.stride()}, rows, to, column, count, apart);
-      with_factor<E>(s.is_paired, my.pairs, h_old, [&](auto left) {
+      bool is_begun = begin(1, side, {h.data, my.chunk_at, h.stride()}, rows, to, column, count, apart);
+      with_factor<E>(s.is_paired, my.pairs, h, [&](auto left) {
         using F = typename decltype(left)::Element;
         with_word<F>([&](auto w) {
           using W = decltype(w);
@@ -218,10 +218,13 @@ template <class E> struct Forward {
       });
     };
     Squares<E> sums = squares(is_normed_h(), 1, rows);
-    if (!s.traits.has_split_sum()) return product(s.traits.sides - 1, first * gates, (end - first) * gates, 1, gates, sums);
-    for (long g = 0; g + 1 < gates; ++g)
-      product(0, first * gates + g, end - first, gates, 1, {sums.data + g * sums.stride, sums.stride, 1, 0, 0});
-    product(1, first * gates + gates - 1, end - first, gates, 1, {});
+    if (!s.traits.has_split_sum() && to - from == gates)
+      return product(s.traits.sides - 1, first * gates, (end - first) * gates, 1, gates, sums);
+    for (long g = from; g < to; ++g) {
+      bool is_apart = s.traits.has_split_sum() && g == gates - 1, is_summed = s.traits.has_split_sum() && !is_apart;
+      Squares<E> of_gate{sums.data + g * sums.stride, sums.stride, 1, 0, 0};
+      product(is_summed ? 0 : s.traits.sides - 1, first * gates + g, end - first, gates, 1, is_apart ? Squares<E>{} : of_gate);
+    }
   }
 
   // A norm takes in the sum of both products.
@@ -235,26 +238,30 @@ template <class E> struct Forward {
     return {my.sums.at(side * max_gates), my.sums.at(1) - my.sums.own, s.traits.gates, 0, 0};
   }
 
-  // 1 / sigma of the products since the last step: input products of a whole segment, recurrent ones of `rows` rows.
-  void finish_norms(long rows, E* scale_h) {
+  // 1 / sigma of the products since the last call: input products of a whole segment, and gates [from, to) of the recurrent
+  // ones of `rows` rows.
+  void finish_norms(long rows, E* scale_h, int from, int to) {
     long count[2] = {unnormalized, is_normed_h() ? rows : 0};
     unnormalized = 0;
     if (!count[0] && !count[1]) return;
+    const int first_gate[2] = {0, from}, end_gate[2] = {s.traits.gates, to};
     for (int side = 0; side < 2; ++side)
-      for (int g = 0; g < s.traits.gates; ++g) my.sums.publish(side * max_gates + g, count[side]);
+      for (int g = first_gate[side]; g < end_gate[side]; ++g) my.sums.publish(side * max_gates + g, count[side]);
     part.wait();
     for (int side = 0; side < 2; ++side)
       for (long r = 0; r < count[side]; ++r)
-        finish_norm(s, part, my.sums, side, call.eps, r, (side ? scale_h : my.scale[0]) + r * max_gates);
+        finish_norm(s, part, my.sums, side, first_gate[side], end_gate[side], call.eps, r,
+                    (side ? scale_h : my.scale[0]) + r * max_gates);
   }
 
   // Step t, whose rows begin at `index` within the segment. True if the call is to end.
   bool step(long t, long index) {
     long rows = order.rows(t), at = product_row(t, index), now = t % 2;
     Blocked<E> v_x = from_row(b.v[0], at), v_h = from_row(b.v[1], is_training ? at : part.row);
-    E* scale_x = my.scale[0] + index * max_gates;
-    recurrent_product(t, index);
-    finish_norms(rows, is_joint() ? scale_x : my.scale[1]);
+    E *scale_x = my.scale[0] + index * max_gates, *scale_h = is_joint() ? scale_x : my.scale[1];
+    int gates = s.traits.gates, plain = s.traits.plain_gates();
+    recurrent_product(t, index, from_row(b.h[now], part.row), 0, plain);
+    finish_norms(rows, scale_h, 0, plain);
 
     CellStep<E> p{};
     p.rows = rows, p.first = first, p.end = end;
@@ -263,12 +270,18 @@ template <class E> struct Forward {
     p.vectors = b.panels.vectors, p.mean_c = my.mean_c, p.scale_c = my.scale_c, p.clip = clip_of<E>(call);
     p.h_old = from_row(b.h[now], part.row), p.h = from_row(s.is_projected ? b.unprojected : b.h[1 - now], part.row);
     p.c_old = from_row(b.c[now], part.row), p.c = from_row(b.c[1 - now], part.row);
-    p.c_raw = from_row(b.saved.c, at);
+    p.c_raw = from_row(b.saved.c, at), p.gated_h = from_row(b.gated_h, part.row);
     p.sums = my.sums.own, p.sum_rows = my.sums.rows;
     if (s.traits.has_norm_c) {
       my.sums.clear(sum_of_c, rows);
       kernels.update(p);
       norm_c(s, part, my.sums, call, p.c, b.panels.vectors, rows, my.mean_c, my.scale_c);
+    }
+    if (s.traits.has_gated_h) {
+      kernels.update(p);
+      part.wait();
+      recurrent_product(t, index, p.gated_h, plain, gates);
+      finish_norms(rows, scale_h, plain, gates);
     }
     kernels.emit(p);
     if (s.is_projected) {

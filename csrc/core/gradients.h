@@ -50,10 +50,10 @@ template <class E> struct Gradients {
     if constexpr (can_pair<E>) {
       for (long d = direction; d < end_direction; ++d) {
         const BackwardBuffers<E>& from = b[d];
-        const Blocked<E> factors[] = {from.d_v[0], from.d_v[1], from.x, from.h_old};
+        const Blocked<E> factors[] = {from.d_v[0], from.d_v[1], from.x, from.h_old, from.gated_h};
         const long chunks[] = {s.columns(), s.traits.sides == 2 ? s.columns() : 0, s.I_chunks,
-                               s.traits.is_diagonal ? 0 : s.P_chunks};
-        for (int i = 0; i < 4; ++i) {
+                               s.traits.is_diagonal ? 0 : s.P_chunks, s.traits.has_gated_h ? s.P_chunks : 0};
+        for (int i = 0; i < 5; ++i) {
           if (task >= chunks[i]) {
             task -= chunks[i];
             continue;
@@ -120,15 +120,20 @@ template <class E> struct Gradients {
       my.target_at[i] = (row + i) * to.stride;
     }
     bool is_paired = s.is_paired && w < 2;
-    with_factor<E>(is_paired, Two{}, E{}, [&](auto e) {
-      using F = decltype(e);
-      for (long team = 0; team < teams; ++team) {
-        const Segment& over = segment(d, team);
-        multiply<F, C>({(const F*)left.data + over.slot * C, my.left_at, C * C}, count,
-                       {(const F*)right.data + over.slot * C, right.stride()}, ceil_div(f.columns, C),
-                       is_paired ? s.depth(over.rows) : over.rows, {to.data, my.target_at, C}, !is_first || team > 0);
-      }
-    });
+    auto sum = [&](long first, long rows, Blocked<E> right) {
+      with_factor<E>(is_paired, Two{}, E{}, [&](auto e) {
+        using F = decltype(e);
+        for (long team = 0; team < teams; ++team) {
+          const Segment& over = segment(d, team);
+          multiply<F, C>({(const F*)left.data + over.slot * C, my.left_at + first, C * C}, rows,
+                         {(const F*)right.data + over.slot * C, right.stride()}, ceil_div(f.columns, C),
+                         is_paired ? s.depth(over.rows) : over.rows, {to.data, my.target_at + first, C}, !is_first || team > 0);
+        }
+      });
+    };
+    long plain = w == 1 ? min(count, max(0, s.traits.plain_gates() * H - row)) : count;
+    sum(0, plain, right);
+    sum(plain, count - plain, b[d].gated_h);  // rows of a gate that takes in the gated h
   }
 
   void finish_weight(long d, int w, const WeightGradient& f, long column) const {

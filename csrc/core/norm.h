@@ -32,29 +32,30 @@ template <class E> struct Sums {
   }
 };
 
-// 1 / sigma of each group of one side from the gates' sums of squares, spread over its gates: scale [max_gates].
-template <class E> void finish_norm(const Shape& s, const Part& part, const Sums<E>& sums, int side, double eps, long row,
-                                    E* scale) {
+// 1 / sigma of each group among gates [from, to) of one side from the gates' sums of squares, spread over its gates:
+// scale [max_gates].
+template <class E> void finish_norm(const Shape& s, const Part& part, const Sums<E>& sums, int side, int from, int to,
+                                    double eps, long row, E* scale) {
   E squares[max_gates] = {};
-  for (int g = 0; g < s.traits.gates; ++g) squares[s.group_of[g]] += sums.total(part, side * max_gates + g, row);
-  for (int g = 0; g < s.traits.gates; ++g) scale[g] = (E)(1 / root(squares[s.group_of[g]] / s.group_size[s.group_of[g]] + eps));
+  for (int g = from; g < to; ++g) squares[s.group_of[g]] += sums.total(part, side * max_gates + g, row);
+  for (int g = from; g < to; ++g) scale[g] = (E)(1 / root(squares[s.group_of[g]] / s.group_size[s.group_of[g]] + eps));
 }
 
-// d v = scale * d_hat - v * correction for one side, where correction = scale^2 * mean(d_hat * hat): [max_gates].
+// d v = scale * d_hat - v * correction for gates [from, to) of one side, where correction = scale^2 * mean(d_hat * hat): [max_gates].
 // The mean of d_hat, which a norm also subtracts, is left to the centred weights: gradients.h centres their gradients instead.
 template <class E>
-void norm_correction(const Shape& s, const Part& part, const Sums<E>& sums, int side, long row, const E* scale, E* correction) {
+void norm_correction(const Shape& s, const Part& part, const Sums<E>& sums, int side, int from, int to, long row,
+                     const E* scale, E* correction) {
   E dots[max_gates] = {};
-  for (int g = 0; g < s.traits.gates; ++g) dots[s.group_of[g]] += sums.total(part, side * max_gates + g, row);
-  for (int g = 0; g < s.traits.gates; ++g)
-    correction[g] = scale[g] * scale[g] * (E)(dots[s.group_of[g]] / s.group_size[s.group_of[g]]);
+  for (int g = from; g < to; ++g) dots[s.group_of[g]] += sums.total(part, side * max_gates + g, row);
+  for (int g = from; g < to; ++g) correction[g] = scale[g] * scale[g] * (E)(dots[s.group_of[g]] / s.group_size[s.group_of[g]]);
 }
 
 template <class E>
-void norm_backward(const Shape& s, int gates, long first, long end, long rows, const E* scale, const E* correction,
+void norm_backward(const Shape& s, int from, int to, long first, long end, long rows, const E* scale, const E* correction,
                    Blocked<E> v, Blocked<E> d_v) {
   for (long n = first; n < end; ++n)
-    for (int g = 0; g < gates; ++g)
+    for (int g = from; g < to; ++g)
       for (long row = 0; row < rows; ++row) {
         E *d = d_v.at(n * s.traits.gates + g, row), *from = v.at(n * s.traits.gates + g, row);
         for (int l = 0; l < chunk<E>; l += lanes<E>)

@@ -130,15 +130,15 @@ template <class E> void fill_panel(const Shape& s, Weight<E> w, bool is_paired, 
   fill_panel(s, w, is_paired || s.is_rounded(), gate, n, to);
 }
 
-// Fills the rows of all panels with chunk n of a gate's rows: [chunk of columns][row][column within the chunk]. Rows are
-// ordered as the columns of products are. A few rows at a time, each read from end to end.
+// Fills the rows of all panels from chunk `at` on with chunk n of a gate's rows: [chunk of columns][row][column within the
+// chunk]. A few rows at a time, each read from end to end.
 template <class E>
-void fill_panel_rows(const Shape& s, const Weight<E>& w, bool is_paired, long gate, long n, long depth, E* panels) {
+void fill_panel_rows(const Shape& s, const Weight<E>& w, bool is_paired, long gate, long n, long at, long depth, E* panels) {
   constexpr int C = chunk<E>;
   alignas(64) E columns[C];
   for (long first = 0; first < w.columns; first += C)
     for (int l = 0; l < C; ++l) {
-      long j = n * C + l, k = (n * w.gates + gate) * C + l;
+      long j = n * C + l, k = at * C + l;
       E* panel = panels + first * depth;
       centred_row(w, j < w.H ? gate * w.H + j : -1, means_of(s, w, gate), first, min(C, w.columns - first),
                   is_paired ? columns : panel + k * C);

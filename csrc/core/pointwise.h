@@ -26,6 +26,7 @@ template <class E> struct CellStep {
   Blocked<E> d_v[2], d_h_new, d_h, d_c_new, d_c, d_c_hat;
   bool is_h_kept, is_c_kept;
   E* d_vectors;
+  Blocked<E> gated_h, d_gated_h;        // backward makes the gated h again
   const E *d_c_hat_mean, *d_c_hat_dot;  // [rows]: means of d_c_hat and of d_c_hat * c_hat, see update_backward
 };
 
@@ -34,8 +35,10 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
   static constexpr int sides = !Cell::is_diagonal && (placement == FESTINA_SEPARATE || Cell::has_split_candidate) ? 2 : 1;
   static constexpr int gates = Cell::gates, split = Cell::emit_from;
   static constexpr bool has_norm_c = cell_norm != FESTINA_NO_CELL_NORM;
+  static constexpr int emitted = has_norm_c || Cell::has_gated_h ? split : 0;  // the first gate that `update` leaves to `emit`
   static constexpr Traits traits{
-      gates, sides, Cell::has_c, Cell::has_split_candidate, Cell::is_diagonal, {is_normed[0], is_normed[1]}, has_norm_c, false};
+      gates,      sides, Cell::has_c,      Cell::has_split_candidate, Cell::is_diagonal, {is_normed[0], is_normed[1]},
+      has_norm_c, false, Cell::has_gated_h};
   using V = Span<E>;
 
   // Pointers to one chunk of H in every operand, taken once for all rows: addresses computed at each access were half of a
@@ -43,6 +46,7 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
   struct Chunk {
     const CellStep<E>& s;
     E *v[2][gates], *d_v[2][gates], *h_old, *h, *c_old, *c, *c_raw, *d_h_new, *d_h, *d_c_new, *d_c, *d_c_hat, *d_vectors;
+    E *gated_h, *d_gated_h;
     const E* vectors;
 
     INLINE Chunk(const CellStep<E>& s, long n) : s(s) {
@@ -54,6 +58,7 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
         }
       h_old = of(s.h_old), h = of(s.h), c_old = of(s.c_old), c = of(s.c), c_raw = of(s.c_raw);
       d_h_new = of(s.d_h_new), d_h = of(s.d_h), d_c_new = of(s.d_c_new), d_c = of(s.d_c), d_c_hat = of(s.d_c_hat);
+      gated_h = of(s.gated_h), d_gated_h = of(s.d_gated_h);
       vectors = s.vectors + n * vectors_a_chunk * chunk<E>, d_vectors = s.d_vectors + n * vectors_a_chunk * chunk<E>;
     }
   };
@@ -102,7 +107,7 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
     }
   }
 
-  // To c, if it is normalised: its norm needs the whole row before `emit`.
+  // To c, if it is normalised: its norm needs the whole row before `emit`. Or to the gated h: so does its product.
   static void update(const CellStep<E>& s) {
     if constexpr (has_norm_c) {
       each(s, [&](const Place& at) __attribute__((always_inline)) {
@@ -113,6 +118,12 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
         if (cell_norm == FESTINA_READOUT) c = clipped(s, c);
         store(at.in(at.c), c);
         add_to(at.sum(sum_of_c), fold(c));
+      });
+    } else if constexpr (Cell::has_gated_h) {
+      each(s, [&](const Place& at) __attribute__((always_inline)) {
+        V a[gates + 1];
+        pre_activations<0, split>(at, a);
+        store(at.in(at.gated_h), Cell::update(a, load_as<V>(at.in(at.h_old))));
       });
     }
   }
@@ -134,7 +145,7 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
   static void emit(const CellStep<E>& s) {
     each(s, [&](const Place& at) __attribute__((always_inline)) {
       V a[gates + 1], inner;
-      pre_activations<has_norm_c ? split : 0, gates>(at, a);
+      pre_activations<emitted, gates>(at, a);
       if constexpr (has_norm_c) {
         V hat = c_hat(at, load_as<V>(at.in(at.c)));
         inner = hat * load_as<V>(at.vector(gain_c)) + load_as<V>(at.vector(shift_c));
@@ -181,7 +192,7 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
   static void emit_backward(const CellStep<E>& s) {
     each(s, [&](const Place& at) __attribute__((always_inline)) {
       V a[gates + 1], d_a[gates + 1], d_inner, d_h = load_as<V>(at.in(at.d_h_new));
-      pre_activations<has_norm_c ? split : 0, gates>(at, a);
+      pre_activations<emitted, gates>(at, a);
       if constexpr (has_norm_c) {
         V hat = c_hat(at, load_as<V>(at.in(at.c_raw)));
         V gain = load_as<V>(at.vector(gain_c)), c = hat * gain + load_as<V>(at.vector(shift_c));
@@ -207,7 +218,7 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
         }
         put(s.is_h_kept, at.in(at.d_h), d_inner);
       }
-      spread<has_norm_c ? split : 0, gates>(at, d_a);
+      spread<emitted, gates>(at, d_a);
     });
   }
 
@@ -221,6 +232,15 @@ template <class E, class Cell, int placement, int cell_norm> struct Pointwise {
         if (cell_norm == FESTINA_READOUT) d_raw = clipped_backward(s, raw, d_raw + load_as<V>(at.in(at.d_c_new)));
         Cell::update_backward(a, load_as<V>(at.in(at.c_old)), d_raw, d_a, d_c);
         put(s.is_c_kept, at.in(at.d_c), d_c);
+        spread<0, split>(at, d_a);
+      });
+    } else if constexpr (Cell::has_gated_h) {
+      each(s, [&](const Place& at) __attribute__((always_inline)) {
+        V a[gates + 1], d_a[gates + 1], d_h, h_old = load_as<V>(at.in(at.h_old));
+        pre_activations<0, split>(at, a);
+        store(at.in(at.gated_h), Cell::update(a, h_old));
+        Cell::update_backward(a, h_old, load_as<V>(at.in(at.d_gated_h)), d_a, d_h);
+        put(true, at.in(at.d_h), d_h);
         spread<0, split>(at, d_a);
       });
     }

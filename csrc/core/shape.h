@@ -54,6 +54,7 @@ struct Traits {
   bool has_c, has_split_candidate, is_diagonal, is_normed[2], has_norm_c;
   // The reset gate multiplies the last gate's recurrent product before its norm, which is then that of an inner value, as c's.
   bool has_early_reset;
+  bool has_gated_h;  // the last gate's recurrent product takes in a gated h
 
   bool has_inner() const { return has_c || has_norm_c; }
   // Gates whose norm takes in a product of this side as it is; the others' recurrent weights are not centred.
@@ -61,6 +62,8 @@ struct Traits {
     return !is_normed[side] ? 0 : has_early_reset && side == is_normed[1] ? gates - 1 : gates;
   }
   int centred_gates() const { return has_early_reset ? gates - 1 : gates; }
+  // Gates whose recurrent product takes in h itself.
+  int plain_gates() const { return has_gated_h ? gates - 1 : gates; }
   // Both products of all gates but the last are summed in side 0, and the last gate's recurrent product is alone in side 1.
   bool has_split_sum() const { return has_early_reset && is_normed[0] && !is_normed[1]; }
 };
@@ -87,6 +90,7 @@ struct Shape {
     return panel_type == FESTINA_BFLOAT16_PANELS ? ceil_div(terms, 2) : depth(terms);
   }
   long projection_rows() const { return is_rounded() ? panel_rows(H) : H; }
+  long pair_chunks() const { return ceil_div(H_chunks, 2); }  // of one gate's columns
   // Threads of a team, so that none reads much more than weights_a_thread at every step.
   long team_size() const { return traits.is_diagonal ? 1 : max(1, columns() * depth(P) * cache_line / weights_a_thread); }
   long teams(long among) const { return max(1, min(among / team_size(), B / rows_a_team)); }

@@ -60,6 +60,7 @@ def errors(case: Case) -> tuple[float, float, str]:
     return ours, worst(evaluate(reference.run, call, cotangents), want)[0], name
 
 
+RESET_STATE = norms.NormPlan("separate", "gates|candidate", inner_bias_hh=True, reset="state")
 INNER = next(plan for plan in norms.PLANS.values() if plan.inner_bias and not plan.inner_bias_hh)
 
 # Rows and units enough to be split among threads in either way, and not evenly.
@@ -78,6 +79,9 @@ SPLIT = [
     Case("gru", norms.ICEFALL_GRU, T=5, B=37, I=9, H=70, features=("ragged", "resets", "bidirectional", "zoneout")),
     Case("gru", replace(norms.NEMATUS_STATE, reset="product", name=None), T=5, B=3, I=9, H=70, features=("resets",)),
     Case("lstm", replace(norms.SOCKEYE, clip=0.4, name=None), T=5, B=3, I=9, H=70, P=33, features=("ragged",)),
+    Case("gru", norms.RESET_BEFORE, T=5, B=3, I=9, H=70, features=("ragged", "zoneout")),
+    Case("gru", RESET_STATE, T=5, B=37, I=9, H=70, features=("ragged", "resets", "bidirectional", "expectation")),
+    Case("gru", norms.LINGVO_GRU, T=5, B=17, I=9, H=33, features=("ragged", "resets", "zoneout", "idle")),
 ]
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES
-from on_core import INNER, MARGIN, ROOT, SPLIT, compiled, differs, errors, isas, needs_core, run
+from on_core import INNER, MARGIN, RESET_STATE, ROOT, SPLIT, compiled, differs, errors, isas, needs_core, run
 
 from festina import norms, reference
 from festina.backends.cpu import CPU, abi, plans
@@ -37,6 +37,7 @@ LONG = [
     Case("lstm", INNER, T=260, B=5, I=3, H=5),
     Case("lstm", norms.NONE, T=3, B=1500, I=3, H=5),
     Case("gru", norms.HASTE, T=150, B=9, I=9, H=20),
+    Case("gru", norms.LINGVO_GRU, T=22, B=70, I=9, H=20, features=("ragged", "resets", "bidirectional")),
     Case("indrnn", norms.HASTE, T=40, B=70, I=9, H=20, features=("ragged",)),
 ]
 
@@ -55,6 +56,7 @@ def test_backward_in_several_stretches(case, threads, use_threads):
 BLOCKED = [
     Case("lstm", norms.HASTE, T=5, B=60, I=260, H=290, dtype=torch.float64),
     Case("gru", norms.NONE, T=3, B=131, I=530, H=270, dtype=torch.float32),
+    Case("gru", RESET_STATE, T=3, B=131, I=3, H=290, dtype=torch.float64),
     Case("lstm", norms.ICEFALL, T=5, B=129, I=3, H=290, P=270, dtype=torch.float64, features=("bidirectional",)),
 ]
 
@@ -178,7 +180,7 @@ def test_long_sums_are_exact(I):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("case", [SPLIT[1], SPLIT[3], SPLIT[6], SPLIT[9]], ids=str)
+@pytest.mark.parametrize("case", [SPLIT[1], SPLIT[3], SPLIT[6], SPLIT[9], SPLIT[15]], ids=str)
 def test_as_many_threads_give_the_same_bits(case, threads, use_threads):
     """Whichever thread comes first: no sum depends on it."""
     use_threads(threads)

@@ -37,7 +37,7 @@ from festina.backends.support import BackendError, missing_kernel
 from festina.call import Call, Case, Outputs, Step
 from festina.spec import LayerSpec
 
-RARE_KERNELS = frozenset(("product", "clip", "inner_bias_hh"))
+RARE_KERNELS = frozenset(("product", "state", "clip", "inner_bias_hh"))
 """What the core has kernels for of the rarest plans; see `support.RARE`."""
 
 
