@@ -159,6 +159,11 @@ def _why_not(module: nn.Module, norm: NormPlan | None) -> str | None:
     own = {*vars(module), *module._modules, *module._buffers} - {*vars(twin), *twin._parameters}
     if changed := sorted(taken & own):
         return f"it has {', '.join(changed)} of its own, in the place of torch's or of Festina's"
+    if _base(module) is not type(module):
+        try:
+            _mixed(cast(Any, type(module)), cast(Any, type(ours)))
+        except TypeError as error:
+            return f"{kind} is a class of its own that allows no subclass with Festina's: {error}"
     return None
 
 
@@ -176,7 +181,7 @@ def _pair(module: nn.Module) -> tuple[type[Any], type[Any]] | None:
 
 
 @cache
-def _mixed(own: type[Any], ours: type[Any]) -> type[Any]:
+def _mixed(own: Any, ours: Any) -> Any:
     """The class that is both: what `own` adds to torch's class, over Festina's."""
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -186,7 +191,7 @@ def _mixed(own: type[Any], ours: type[Any]) -> type[Any]:
     return types.new_class(own.__name__, (own, ours), exec_body=lambda names: names.update(body))
 
 
-def _unpickled(own: type[Any], ours: type[Any]) -> Any:
+def _unpickled(own: Any, ours: Any) -> Any:
     kind = _mixed(own, ours)
     return kind.__new__(kind)
 
@@ -224,7 +229,7 @@ def _become(module: nn.Module, ours: RecurrentBase) -> _Former:
 
     for name in former.keys() - options.keys():
         del module.__dict__[name]
-    module.__class__ = type(ours) if _base(module) is kind else _mixed(kind, type(ours))
+    module.__class__ = type(ours) if _base(module) is kind else _mixed(cast(Any, kind), cast(Any, type(ours)))
     module.__dict__.update(options)
     for name in fresh:
         fill = torch.ones_like if name.startswith("gain") else torch.zeros_like
