@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,11 @@ OURS: dict[type[nn.Module], tuple[type[Any], type[Any]]] = {
 """Festina's class without and with norms for each of torch's."""
 
 OTHERS = (nn.RNNBase, nn.RNNCellBase)
+HARMLESS = frozenset(vars(type("", (), {}))) | {
+    *("__init__", "__annotations__", "__annotate_func__", "__annotations_cache__", "__parameters__", "__orig_bases__"),
+    *("__abstractmethods__", "_abc_impl", "__firstlineno__", "__static_attributes__", "__qualname__"),
+}
+"""What every class has, and what does nothing to a module that is made already."""
 ARGUMENTS = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
 
 
@@ -83,8 +90,9 @@ def replace(model: nn.Module, norm: NormPlan | None = None) -> Replacement:
     """Make every `torch.nn.LSTM`, `GRU`, `LSTMCell` and `GRUCell` of a model Festina's.
 
     Modules change in place, and so does the model itself if it is one of them: hooks, `training`, parameters and all
-    references to a module stay. Without `norm` the model computes what it did and its state dict has the same keys and
-    tensors; an optimizer goes on with the same parameters.
+    references to a module stay. A subclass of torch's that adds to it and overrides nothing becomes a subclass of Festina's
+    too. Without `norm` the model computes what it did and its state dict has the same keys and tensors; an optimizer goes
+    on with the same parameters.
 
     With `norm` each of them is normalised under that plan, plain layers and cells of Festina's as well, and the model is
     another function. Weights and biases are kept; gains are 1, new shifts 0. Parameters change: make the optimizer, DDP or
@@ -130,52 +138,98 @@ def replace(model: nn.Module, norm: NormPlan | None = None) -> Replacement:
 
 def _why_not(module: nn.Module, norm: NormPlan | None) -> str | None:
     """Why a recurrent module is kept; None for one that can be replaced, and for all others."""
-    if not isinstance(module, OTHERS) or type(module) in OURS:
+    if not isinstance(module, OTHERS):
         return None
+    kind = type(module).__name__
     if isinstance(module, RecurrentBase):
         if norm is None:
             return "it is Festina's already"
         if not module.norm.is_none:
             return f"it has a norm already, {module.norm}"
         return None if _pair(module) else "it is a class of its own"
-    if type(module) in (nn.RNN, nn.RNNCell):
+    if isinstance(module, nn.RNN | nn.RNNCell):
         return "Festina has no plain RNN"
-    return f"{type(module).__name__} is a class of its own, and what it adds to torch's would be lost"
+    if _pair(module) is None:
+        return f"{kind} is a class of its own, and none of those that Festina has"
+    twin, ours = _twin(_base(module), module), _like(module, norm)
+    taken = {*dir(twin), *vars(twin), *dir(ours), *vars(ours)}
+    added = (each for each in type(module).__mro__ if each not in type(twin).__mro__)
+    if changed := sorted(taken & {name for each in added for name in vars(each).keys() - HARMLESS}):
+        return f"{kind} is a class of its own, which overrides {', '.join(changed)} of torch's or of Festina's"
+    own = {*vars(module), *module._modules, *module._buffers} - {*vars(twin), *twin._parameters}
+    if changed := sorted(taken & own):
+        return f"it has {', '.join(changed)} of its own, in the place of torch's or of Festina's"
+    if _base(module) is not type(module):
+        try:
+            _mixed(cast(Any, type(module)), cast(Any, type(ours)))
+        except TypeError as error:
+            return f"{kind} is a class of its own that allows no subclass with Festina's: {error}"
+    return None
+
+
+def _base(module: nn.Module) -> type[Any]:
+    """The class of torch's, or of Festina's, that a module has or inherits from."""
+    if isinstance(module, RecurrentBase):
+        return type(module)
+    return next((kind for kind in type(module).__mro__ if kind in OURS), type(module))
 
 
 def _pair(module: nn.Module) -> tuple[type[Any], type[Any]] | None:
     """Festina's class without and with norms for a module of torch's, or of Festina's without norms."""
-    kind = type(module)
+    kind = _base(module)
     return OURS.get(kind) or next((pair for pair in OURS.values() if pair[0] is kind), None)
+
+
+@cache
+def _mixed(own: Any, ours: Any) -> Any:
+    """The class that is both: what `own` adds to torch's class, over Festina's."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _unpickled, (own, ours), vars(self)  # the class has no name that a pickle could give
+
+    body = {"__module__": own.__module__, "__doc__": own.__doc__, "__reduce_ex__": reduce}
+    return types.new_class(own.__name__, (own, ours), exec_body=lambda names: names.update(body))
+
+
+def _unpickled(own: Any, ours: Any) -> Any:
+    kind = _mixed(own, ours)
+    return kind.__new__(kind)
+
+
+def _twin(kind: type[Any], module: nn.Module, **options: Any) -> Any:
+    """A module of this class with the arguments of torch's that `module` has, on the meta device."""
+    given: dict[str, Any] = {name: getattr(module, name) for name in ARGUMENTS if getattr(module, name, 0)}
+    given["bias"] = module.bias
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="dropout")  # torch.nn has warned already
+        return kind(**given, **options, device="meta")
 
 
 def _like(module: nn.Module, norm: NormPlan | None) -> RecurrentBase:
     """A module of Festina's with the same arguments, on the meta device."""
     pair = _pair(module)
     assert pair is not None
-    given: dict[str, Any] = {name: getattr(module, name) for name in ARGUMENTS if getattr(module, name, 0)}
-    given["bias"] = module.bias
+    more: dict[str, Any] = {}
     if isinstance(module, RecurrentBase):
-        given |= {name: getattr(module, name) for name in ("zoneout", "zoneout_cell", "dropconnect", "forget_bias")}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="dropout=")  # torch.nn has warned already
-        made: RecurrentBase = pair[norm is not None](**given, norm=norm, device="meta")
-        return made
+        more = {name: getattr(module, name) for name in ("zoneout", "zoneout_cell", "dropconnect", "forget_bias")}
+    made: RecurrentBase = _twin(pair[norm is not None], module, norm=norm, **more)
+    return made
 
 
 def _become(module: nn.Module, ours: RecurrentBase) -> _Former:
     """Give a module the class and the attributes of `ours`, and the parameters that it lacks."""
     machinery = vars(nn.Module()).keys()
     options = {name: value for name, value in vars(ours).items() if name not in machinery}
-    former = {name: value for name, value in vars(module).items() if name not in machinery}
+    twin = _twin(_base(module), module)
+    former = {name: value for name, value in vars(module).items() if name in vars(twin).keys() - machinery}
     like = getattr(module, ours._names[0][0])  # not one of `parameters()`, where all of them are computed
     fresh = [name for name in ours._parameters if not hasattr(module, name)]
-    gone = [name for name in module._parameters if name.startswith("bias") and not hasattr(ours, name)]
+    gone = [name for name in module._parameters if name in twin._parameters and not hasattr(ours, name)]
     kind, removed = type(module), {name: module._parameters.pop(name) for name in gone}
 
     for name in former.keys() - options.keys():
         del module.__dict__[name]
-    module.__class__ = type(ours)
+    module.__class__ = type(ours) if _base(module) is kind else _mixed(cast(Any, kind), cast(Any, type(ours)))
     module.__dict__.update(options)
     for name in fresh:
         fill = torch.ones_like if name.startswith("gain") else torch.zeros_like

@@ -163,8 +163,12 @@ def test_checkpoint_of_another_run_is_refused(novel, tmp_path):
     with pytest.raises(cli.UsageError, match="steps was 4, is 5"):
         make_race(novel, steps=5).load(tmp_path / "run.pt")
     (tmp_path / "noise.pt").write_bytes(b"no checkpoint")
-    with pytest.raises(cli.UsageError, match="not a checkpoint of this demo"):
-        race.load(tmp_path / "noise.pt")
+    torch.save({"done": 1, "racers": Path("an object")}, tmp_path / "object.pt")
+    for name in ("noise.pt", "object.pt"):
+        with pytest.raises(
+            cli.UsageError, match="not a checkpoint of this demo: it is damaged, or holds objects other"
+        ):
+            race.load(tmp_path / name)
 
 
 def test_a_damaged_checkpoint_changes_nothing(novel, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import pickle
 from typing import Any
@@ -140,15 +141,115 @@ def test_a_model_that_is_a_layer_itself(model: Model) -> None:
     assert len(calls) == 2
 
 
-class Own(nn.LSTM):
-    pass
+class Empty(abc.ABC):
+    """A mixin, as pytorch-forecasting's: methods on top of torch's, a constructor and attributes of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.calls = 0
+
+    @abc.abstractmethod
+    def zeros(self, rows: int) -> Any: ...
+
+    def run(self, x: Tensor) -> Any:
+        self.calls += 1
+        return self(x, self.zeros(len(x)))
+
+
+class Own(Empty, nn.LSTM):
+    def __init__(self, width: int) -> None:
+        super().__init__(3, width, batch_first=True)
+
+    def zeros(self, rows: int) -> Any:
+        h = torch.zeros(1, rows, self.hidden_size)
+        return h, h
+
+    def describe(self) -> str:
+        return "own " + super().extra_repr()
+
+
+class OwnForward(nn.GRU):
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        return super().forward(2 * input, hx)
+
+
+class OwnCheck(nn.LSTM):
+    def permute_hidden(self, hx: Any, permutation: Any) -> Any:
+        return hx
+
+
+class OwnNorm(nn.LSTM):
+    """`norm` is a name of Festina's."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.norm = nn.LayerNorm(4)
+
+
+class OwnCell(nn.GRUCell):
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name)
+
+
+class OwnBase(nn.RNNBase):
+    def __init__(self) -> None:
+        super().__init__("LSTM", 3, 4)
+
+
+@pytest.mark.parametrize("norm", [None, norms.HASTE], ids=str)
+def test_a_class_that_only_adds_becomes_one_of_both(norm: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Own(4)), torch.randn(B, T, 3)
+    own: Any = model[0]
+    want, keys = own.run(x), own.state_dict().keys()
+    found = festina.replace(model, norm)
+    assert not found.kept
+    assert own is model[0]
+    assert isinstance(own, Own)
+    assert isinstance(own, festina.LSTM)
+    assert isinstance(own, festina.LayerNormLSTM) == (norm is not None)
+    assert type(own).forward is festina.LSTM.forward
+    assert str(found) == "0: now " + repr(own)
+    built = (festina.LayerNormLSTM if norm else festina.LSTM)(3, 4, batch_first=True)
+    assert repr(own) == repr(built).replace(type(built).__name__, "Own", 1)
+    assert own.describe() == "own " + built.extra_repr()
+    built.load_state_dict(own.state_dict())
+    want = built(x) if norm else want
+    for other in (own, copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert_same(other.run(x), want, 1e-4, 1e-5)
+        assert type(other) is type(own)
+        assert other.calls == 2
+    own.calls = 7
+    found.undo()
+    assert type(own) is Own
+    assert own.calls == 7
+    assert own.state_dict().keys() == keys
+    assert_same(own.run(x), Own.forward(own, x), 1e-4, 1e-5)
+
+
+def test_what_was_set_on_a_module_stays() -> None:
+    layer: Any = nn.LSTM(3, 4)
+    layer.tag, layer.head = "encoder", nn.Linear(4, 2)
+    found = festina.replace(layer)
+    assert (layer.tag, layer.head.out_features) == ("encoder", 2)
+    layer.tag = "decoder"
+    found.undo()
+    assert layer.tag == "decoder"
+    layer.forward = lambda x: (2 * x, None)
+    found = festina.replace(layer)
+    assert found.kept[""] == "it has forward of its own, in the place of torch's or of Festina's"
+    assert_same(layer(torch.ones(1))[0], 2 * torch.ones(1), 0, 0)
 
 
 def test_what_is_kept_has_its_reason() -> None:
     model = nn.ModuleDict(
         {
             "rnn": nn.RNN(3, 4),
-            "own": Own(3, 4),
+            "own_forward": OwnForward(3, 4),
+            "own_check": OwnCheck(3, 4),
+            "own_norm": OwnNorm(3, 4),
+            "own_getattr": OwnCell(3, 4),
+            "own_base": OwnBase(),
             "ours": festina.LayerNormLSTM(3, 4),
             "parametrized": nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"),
             "normed": nn.utils.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"),
@@ -156,7 +257,10 @@ def test_what_is_kept_has_its_reason() -> None:
     )
     found = festina.replace(model)
     assert found.kept["rnn"] == "Festina has no plain RNN"
-    assert found.kept["own"].startswith("Own is a class of its own")
+    for name, what in (("own_forward", "forward"), ("own_check", "permute_hidden"), ("own_getattr", "__getattr__")):
+        assert f"is a class of its own, which overrides {what} of torch's or of Festina's" in found.kept[name]
+    assert found.kept["own_norm"] == "it has norm of its own, in the place of torch's or of Festina's"
+    assert found.kept["own_base"] == "OwnBase is a class of its own, and none of those that Festina has"
     assert found.kept["ours"] == "it is Festina's already"
     assert found.kept["parametrized"].startswith("ParametrizedLSTM is a class of its own")
     assert [*found.replaced] == ["normed"]  # a weight computed by a hook goes on being computed

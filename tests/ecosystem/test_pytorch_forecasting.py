@@ -67,7 +67,7 @@ def test_replace_keeps_their_classes_and_says_why() -> None:
     model = theirs.RecurrentNetwork.from_dataset(data(1), cell_type="LSTM")
     found = festina.replace(model)
     assert not found.replaced
-    assert "a class of its own" in found.kept["rnn"]
+    assert "a class of its own, which overrides forward" in found.kept["rnn"]
     assert type(model.rnn) is theirs.LSTM
 
 

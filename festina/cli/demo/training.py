@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any
 
@@ -216,7 +217,10 @@ class Race:
         try:
             if not path.is_file():
                 raise ValueError("it is no regular file")
-            saved = torch.load(path, map_location=self.device, weights_only=True)
+            try:
+                saved = torch.load(path, map_location=self.device, weights_only=True)
+            except UnpicklingError:  # whose text says how to run what is in the file
+                raise ValueError("it is damaged, or holds objects other than tensors and plain values") from None
             was = {key: saved["conditions"].get(key) for key in now}
             racers, done = saved["racers"], int(saved["done"])
         except Exception as error:  # on damaged files torch.load raises errors of many types
