@@ -76,11 +76,25 @@ def keras_gru(p: Parameters, x: Tensor, state: State) -> State:
     return (n + z * (h - n),)
 
 
+def lingvo_gru(p: Parameters, x: Tensor, state: State) -> State:
+    """tensorflow/lingvo core/rnn_cell.py, GRUCell with apply_layer_norm; its update gate 1 − z is taken for z."""
+    (h,) = state
+    H = h.shape[1]
+    of_r_z = F.linear(
+        torch.cat([x, h], 1), torch.cat([p["weight_ih_l0"][: 2 * H], p["weight_hh_l0"][: 2 * H]], 1)
+    ).chunk(2, 1)
+    r, z = (torch.sigmoid(norm_gate(p, gate, part, 1e-8)) for gate, part in enumerate(of_r_z))
+    of_n = F.linear(torch.cat([x, r * h], 1), torch.cat([p["weight_ih_l0"][2 * H :], p["weight_hh_l0"][2 * H :]], 1))
+    n = torch.tanh(norm_gate(p, 2, of_n, 1e-8))
+    return (n + z * (h - n),)
+
+
 ORIGINS: dict[str, tuple[type[festina.LSTM] | type[festina.GRU], norms.NormPlan, Callable[..., State]]] = {
     "ICEFALL_GRU": (festina.GRU, norms.ICEFALL_GRU, icefall_gru),
     "LINGVO": (festina.LSTM, norms.LINGVO, lingvo_lstm),
     "SOCKEYE, GRU": (festina.GRU, norms.SOCKEYE, sockeye_gru),
     "RESET_BEFORE": (festina.GRU, norms.RESET_BEFORE, keras_gru),
+    "LINGVO_GRU": (festina.GRU, norms.LINGVO_GRU, lingvo_gru),
 }
 """A layer, its plan, and the step of the project that the plan comes from."""
 

@@ -333,7 +333,8 @@ template <class E> struct Backward {
     return is_ended;
   }
 
-  // The same of gates [from, to), whose panels lie gate after gate: to `d`, or added to it. True if the call is to end.
+  // Of gates [from, to) alone, of a cell with a gated h, whose panels lie gate after gate: to `d`, or added to it. True if the
+  // call is to end.
   bool gates_backward(const CellStep<E>& p, int from, int to, Blocked<E> d, bool is_added, LinePrefetch<E> ahead) const {
     const Blocked<E>& d_v = p.d_v[s.traits.sides - 1];
     long depth = s.depth(s.H_chunks * chunk<E>), panel = depth * chunk<E>;

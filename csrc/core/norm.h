@@ -41,7 +41,8 @@ template <class E> void finish_norm(const Shape& s, const Part& part, const Sums
   for (int g = from; g < to; ++g) scale[g] = (E)(1 / root(squares[s.group_of[g]] / s.group_size[s.group_of[g]] + eps));
 }
 
-// d v = scale * d_hat - v * correction for gates [from, to) of one side, where correction = scale^2 * mean(d_hat * hat): [max_gates].
+// d v = scale * d_hat - v * correction for gates [from, to) of one side, where correction [max_gates] =
+// scale^2 * mean(d_hat * hat).
 // The mean of d_hat, which a norm also subtracts, is left to the centred weights: gradients.h centres their gradients instead.
 template <class E>
 void norm_correction(const Shape& s, const Part& part, const Sums<E>& sums, int side, int from, int to, long row,
@@ -57,9 +58,9 @@ void norm_backward(const Shape& s, int from, int to, long first, long end, long 
   for (long n = first; n < end; ++n)
     for (int g = from; g < to; ++g)
       for (long row = 0; row < rows; ++row) {
-        E *d = d_v.at(n * s.traits.gates + g, row), *from = v.at(n * s.traits.gates + g, row);
+        E *d = d_v.at(n * s.traits.gates + g, row), *product = v.at(n * s.traits.gates + g, row);
         for (int l = 0; l < chunk<E>; l += lanes<E>)
-          store(d + l, load(d + l) * scale[row * max_gates + g] - load(from + l) * correction[row * max_gates + g]);
+          store(d + l, load(d + l) * scale[row * max_gates + g] - load(product + l) * correction[row * max_gates + g]);
       }
 }
 

@@ -1,5 +1,4 @@
-"""The compiled core as a backend: every cell, under all plans but those that
-`missing_kernel` names, on the CPU in float32, float64, bfloat16 and float16."""
+"""The compiled core as a backend: every cell under every plan, on the CPU in float32, float64, bfloat16 and float16."""
 
 from __future__ import annotations
 
