@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,9 +89,12 @@ def times(works: dict[str, Callable[[], object]], seconds: float) -> dict[str, n
 
 
 def speed(args: argparse.Namespace) -> None:
-    cases: list[tuple[str, dict[str, Callable[[], object]]]] = [(f"step H={H} B={B}", steps(H, B)) for H, B in SIZES]
-    cases += [(f"layer T={T} B=1 H={H}", layers(T, H)) for T in (1, 50) for H in (256, 1024)]
-    for case, works in cases:
+    cases: list[tuple[str, Callable[[], dict[str, Callable[[], object]]]]] = [
+        *((f"step H={H} B={B}", partial(steps, H, B)) for H, B in SIZES),
+        *((f"layer T={T} B=1 H={H}", partial(layers, T, H)) for T in (1, 50) for H in (256, 1024)),
+    ]
+    for case, make in cases:
+        works = make()
         with torch.inference_mode():
             found = times(works, args.seconds)
         base = np.median(next(iter(found.values())))
@@ -150,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_target(args.out)
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     (accuracy if args.accuracy else speed)(args)
 
 

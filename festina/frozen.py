@@ -239,7 +239,9 @@ class FrozenCell(Frozen):
                 return leaf(self, input, hx, resets=resets)
             raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
         state = hx if isinstance(hx, tuple) and len(hx) > 1 else (hx,)
-        if resets is None and not torch.is_grad_enabled() and self._is_short((input, *state)) and self._panels:
+        given = (input, *state)
+        if resets is None and self._is_short(given) and self._panels:
+            self._check_inference(given)
             new = self._panels[0].step(input, state, (self.zoneout, self.zoneout_cell))
             if new is not None:
                 return tuple(new) if len(new) > 1 else new[0]
