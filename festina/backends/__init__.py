@@ -71,6 +71,7 @@ class Stepper(Backend, Protocol):
         input: Tensor,
         state: Sequence[Tensor],
         rates: tuple[float, float],
+        lead: tuple[int, ...] = (),
     ) -> list[Tensor] | None:
         """The new states, or None, with nothing done, if this way does not serve the step.
 
@@ -78,6 +79,7 @@ class Stepper(Backend, Protocol):
             layer, parameters: of the cell, one direction.
             input, state: `[B, I]`; `[B, P]` and, if the cell has a c, `[B, H]`. They are as the user gave them, unchecked.
             rates: of Zoneout on h and on c, by the expectation.
+            lead: axes of the states before B, in and out: (1,) where they have that of the directions.
         """
 
 

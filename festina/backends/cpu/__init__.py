@@ -105,6 +105,7 @@ class Cpu:
         input: Tensor,
         state: Sequence[Tensor],
         rates: tuple[float, float],
+        lead: tuple[int, ...] = (),
     ) -> list[Tensor] | None:
         found = self._panels.find(layer, parameters, marks_of(parameters))
         if (
@@ -115,12 +116,12 @@ class Cpu:
         ):
             return None
         dtype = input.dtype
-        key = (input.shape, dtype, rates, torch.get_num_threads())
+        key = (input.shape, lead, dtype, rates, torch.get_num_threads())
         ready: Ready | None
         try:
             ready = found.ready[key].pop()
         except LookupError:
-            ready = self._prepare(layer, parameters, input, rates, found)
+            ready = self._prepare(layer, parameters, input, rates, lead, found)
         if ready is None or len(state) != len(ready.shapes):
             return None
         for tensor, shape in zip(state, ready.shapes):
@@ -145,12 +146,13 @@ class Cpu:
         parameters: Sequence[Tensor],
         input: Tensor,
         rates: tuple[float, float],
+        lead: tuple[int, ...],
         panels: Panels,
     ) -> Ready | None:
         """A step of these sizes; None for what is refused."""
         if self.can_run(Case(layer, input.dtype, input.device)) is not None:
             return None
-        return prepare(layer, parameters, input, rates, panels)
+        return prepare(layer, parameters, input, rates, lead, panels)
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         plan, outputs = plan_for(call, abi.TRAINING), new_outputs(call)

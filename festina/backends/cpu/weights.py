@@ -180,7 +180,12 @@ class PanelCache:
 
 
 def prepare(
-    layer: LayerSpec, parameters: Sequence[Tensor], input: Tensor, rates: tuple[float, float], panels: Panels
+    layer: LayerSpec,
+    parameters: Sequence[Tensor],
+    input: Tensor,
+    rates: tuple[float, float],
+    lead: tuple[int, ...],
+    panels: Panels,
 ) -> Ready | None:
     """What steps of these sizes have in common; None if the sizes or types do not fit."""
     if input.dim() != 2:
@@ -198,6 +203,6 @@ def prepare(
     bind(plan, words, operands(call))
     args = core.call.from_buffer(words)
     args.panels, args.has_panels = panels.buffer.data_ptr(), 1
-    shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
+    shapes = [torch.Size((*lead, B, P)), torch.Size((*lead, B, H))][: len(layer.cell.states)]
     run = partial(core.run_panels, ctypes.addressof(args), panels.reads_all, panels.fingerprints[panels.reads_all])
     return Ready(shapes, args, run, workspace)
