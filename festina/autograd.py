@@ -18,7 +18,7 @@ from festina.checks import check_call
 from festina.spec import LayerSpec
 from festina.transforms import Gradients, one_by_one
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
+_REQUIRES_GRAD, _IS_META = attrgetter("requires_grad"), attrgetter("is_meta")
 
 
 class _Recurrence(torch.autograd.Function):
@@ -164,11 +164,16 @@ def _recurrence_autograd(*args: Any) -> tuple[Tensor, list[Tensor]]:
         _, call = ops.parse(*args)
         check_call(call, tensors)
         return ops.listed(EAGER.forward(call))
+    every = [*tensors, *(tensor for tensor in args[2:6] if tensor is not None)]
+    watched = ops.is_watched(every) or ops.is_lazy(every)
     if is_recorded(tensors):
         backend, call = ops.parse(*args)
-        if not (watched := ops.is_watched(tensors) or ops.is_lazy((*tensors, *call.around()))):
+        if not watched:
             check_call(call, tensors)
         return ops.listed(record(backend, call, tensors, watched))
+    # A second pass through the dispatcher would end there too, but for a call in which one tensor alone is on meta.
+    if not (watched or any(map(_IS_META, every))):
+        return ops.carry_out(*args)
     with torch._C._AutoDispatchBelowAutograd():
         result: tuple[Tensor, list[Tensor]] = torch.ops.festina.recurrence(*args)
     return result

@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from festina.spec import LayerSpec
+
+OWNERS: WeakValueDictionary[int, Module] = WeakValueDictionary()
+"""The module that registered a parameter, by the parameter's id. It may hold another one by now, or the id be that of another
+tensor: whoever asks compares."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -39,8 +44,9 @@ class Call:
         zoneout_cell_mask: `[D, N, H]` bool: True keeps the old c; None for the expectation at rate `zoneout_cell`.
         zoneout: rate of Zoneout on h; used only without a mask.
         zoneout_cell: rate of Zoneout on c; used only without a mask.
-        owner: the module that makes the call. A backend may keep what it derives from the module's parameters as long as
-            the module lives; None keeps nothing beyond the tensors themselves.
+        owner: the module that makes the call, or that registered its parameters if an operator makes it. A backend may keep
+            what it derives from the module's parameters as long as the module lives; None keeps nothing beyond the
+            tensors themselves.
     """
 
     layer: LayerSpec

@@ -15,7 +15,7 @@ from torch.fx import Proxy, Tracer
 
 from festina import norms
 from festina.backends import export
-from festina.call import Call
+from festina.call import OWNERS, Call
 from festina.checks import (
     as_count,
     as_rate,
@@ -137,6 +137,15 @@ class RecurrentBase(Tooling, nn.Module):
                 if name == spec.shift and self.forget_bias:
                     with torch.no_grad():
                         parameter[spec.cell.rows("f", H)] += self.forget_bias
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if param is not None:
+            OWNERS[id(param)] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        OWNERS.update((id(parameter), self) for parameter in self.parameters(recurse=False))
 
     def layer_parameters(self, layer: int = 0) -> list[Tensor]:
         """The parameters of one layer in the order of a `Call`: direction by direction, each as `spec.parameter_names`."""

@@ -18,7 +18,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad
 
 from festina import backends, flops
-from festina.call import Call, Outputs
+from festina.call import OWNERS, Call, Outputs
 from festina.checks import check_call, check_lengths, check_tensors
 from festina.sequences import sort_rows
 from festina.spec import LayerSpec
@@ -100,6 +100,8 @@ def _admit(*args: Any) -> tuple[backends.Backend, Call]:
     """The backend and the call of an operator's arguments, checked: users may call an operator directly."""
     backend, call = parse(*args)
     check_call(call, call.tensors())
+    # A compiled graph hands over the parameters without their module, which says how far panels of them can be trusted.
+    call.owner = OWNERS.get(id(call.parameters[0]))
     return backend, call
 
 
@@ -171,7 +173,30 @@ def backward(
 # What the operators compute, and the shapes of it.
 
 
-def _recurrence(*args: Any) -> tuple[Tensor, list[Tensor]]:
+def _prepared_step(*args: Any) -> tuple[Tensor, list[Tensor]] | None:
+    """What `carry_out` gives, by the shorter way of a backend that `festina.dispatch.step` takes for a cell. None, with
+    nothing done, if that does not serve the call; nothing need be checked before."""
+    name, layer, *around, zoneout, zoneout_cell, input, state, parameters = args
+    has_rows = state and input.dim() == 2 and state[0].dim() == 3
+    if not has_rows or input.shape[0] != state[0].shape[1] or any(tensor is not None for tensor in around):
+        return None
+    spec, rates = LayerSpec.parse(layer), (zoneout, zoneout_cell)
+    if spec.directions != 1:
+        return None
+    for backend in backends.steppers(name):
+        step = backend.step(
+            layer=spec, parameters=parameters, input=input, state=state, rates=rates, is_training=False, lead=(1,)
+        )
+        if step is not None:
+            return torch.squeeze_copy(step.state[0], 0), step.state  # an operator's results share no memory
+    return None
+
+
+def carry_out(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    """What the operator `recurrence` computes of its arguments, plain tensors that nobody watches."""
+    step = _prepared_step(*args)
+    if step is not None:
+        return step
     backend, call = _admit(*args)
     return listed(backend.forward(call))
 
@@ -202,7 +227,8 @@ def _check_backward(
 ) -> None:
     """Raise unless the output, what was saved and the gradients of the outputs belong to such a call."""
     device = call.input.device
-    call = call.with_tensors([tensor.to("meta") for tensor in call.tensors()])  # shapes alone: nothing is allocated
+    # Shapes alone: nothing is allocated. Of the parameters nothing is made.
+    call = call.with_tensors([*(tensor.to("meta") for tensor in (call.input, *call.state)), *call.parameters])
     outputs, kept = _outputs(*_shapes(call)), backend.saved_like(call)
     if len(saved) != len(kept):
         raise ValueError(f"saved must hold {len(kept)} tensors for this call on {backend.name}, got {len(saved)}")
@@ -314,7 +340,7 @@ def has_tangents(tensors: Iterable[Tensor]) -> bool:
 for _name, _kernel, _fake in (
     ("sort_rows", sort_rows, _sort_rows_fake),
     ("sort_rows.traced", _sort_rows_traced, _sort_rows_traced_fake),
-    ("recurrence", _recurrence, _recurrence_fake),
+    ("recurrence", carry_out, _recurrence_fake),
     ("recurrence_train", _recurrence_train, _recurrence_train_fake),
     ("recurrence_backward", _recurrence_backward, _recurrence_backward_fake),
 ):

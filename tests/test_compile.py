@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,6 +16,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import festina
+from festina import backends
+from festina.testing import Case
 
 T, B, I, H = 6, 4, 3, 5
 F64: dict[str, Any] = {"dtype": torch.float64}
@@ -112,6 +117,67 @@ def test_compiled_zoneout_and_dropconnect_draw_from_the_generator(compiler: None
 
     assert_same(run(compiled, 1), run(layer, 1), 1e-6, 1e-6)
     assert not torch.equal(run(compiled, 1), run(compiled, 2))
+
+
+def loop_of(cell: Any) -> Any:
+    """The h of every step of a loop over a cell."""
+
+    def run(steps: Tensor, state: Any) -> Tensor:
+        outputs = []
+        for x in steps.unbind():
+            state = cell(x, state)
+            outputs.append(state if isinstance(state, Tensor) else state[0])
+        return torch.stack(outputs)
+
+    return run
+
+
+@pytest.mark.parametrize("kind", [festina.LayerNormLSTMCell, festina.GRUCell])
+def test_a_compiled_loop_over_a_cell(kind: type[festina.LSTMCell | festina.GRUCell], compiler: None) -> None:
+    """Training; inference, where later calls take a prepared step; and inference with parameters that have changed."""
+    cell = kind(I, H)
+    run, steps = loop_of(cell), torch.randn(T, B, I)
+    compiled, state = torch.compile(run, fullgraph=True, backend="aot_eager"), torch.randn(2, B, H)
+    start = state[0] if len(cell.spec.cell.states) == 1 else tuple(state)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        assert_same(gradients(compiled(steps, start), cell), gradients(run(steps, start), cell), 1e-5, 1e-6)
+        for change in (0.0, 0.0, 0.5):
+            with torch.no_grad():
+                cell.weight_hh += change
+                want = run(steps, start)
+                for _ in range(2):
+                    assert_same(compiled(steps, start), want, 1e-5, 1e-6)
+            cell.weight_ih.data[0, 0] += change  # no version tells this
+            with torch.no_grad():
+                assert_same(compiled(steps, start), run(steps, start), 1e-5, 1e-6)
+
+
+@pytest.mark.skipif(backends.get("cpu").can_run(Case("lstm").on("cpu")) is not None, reason="there is no compiled core")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_compiled_step_passes_the_dispatcher_once(mode: Any, compiler: None) -> None:
+    """And takes the short way of a step: no module makes the call, but the owner of the parameters is known."""
+    cell = copy.deepcopy(festina.LayerNormLSTMCell(256, 256))  # too large to read all of it before every step
+    compiled = torch.compile(loop_of(cell), fullgraph=True, backend="aot_eager")
+    x = torch.randn(T, 1, 256)
+    passes: list[str] = []
+    frames: list[str] = []
+
+    def watch(frame: FrameType, event: str, about: Any) -> None:
+        if event == "c_call" and (getattr(about, "__module__", None) or "").startswith("torch._ops.festina"):
+            passes.append(about.__module__)
+        if event == "call" and frame.f_globals.get("__name__", "").startswith("festina."):
+            frames.append(frame.f_code.co_name)
+
+    with mode():
+        for _ in range(3):
+            compiled(x, (torch.zeros(1, 256), torch.zeros(1, 256)))
+        sys.setprofile(watch)
+        try:
+            compiled(x, (torch.zeros(1, 256), torch.zeros(1, 256)))
+        finally:
+            sys.setprofile(None)
+    assert len(passes) == frames.count("carry_out") == T
+    assert "check_call" not in frames
 
 
 # torch.export

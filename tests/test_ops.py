@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from samples import make, random_state
+from samples import assert_same, make, random_state
 
+import festina
 from festina import backends, ops, sequences
+from festina.checks import MismatchError
 
 T, B, I, H = 6, 4, 3, 5
 F64: dict[str, Any] = {"dtype": torch.float64}
@@ -67,3 +69,26 @@ def test_opcheck_of_sort_rows() -> None:
     for lengths in ([3, 0, 5, 5], [0, 0], []):
         args = (torch.tensor(lengths, dtype=torch.int64), 5, True)
         torch.library.opcheck(torch.ops.festina.sort_rows.default, args)
+
+
+# A step that a backend has prepared
+
+
+@pytest.mark.parametrize("kind", [festina.LayerNormLSTMCell, festina.GRUCell])
+def test_the_operator_takes_a_step_as_the_cell_does(kind: Any) -> None:
+    """Its results share no memory; a wrong call is an error as ever, and a cell takes no states with an axis of directions."""
+    cell, x = kind(I, H), torch.randn(B, I)
+    states = [torch.randn(1, B, H) for _ in cell.spec.cell.states]
+    options = ("", cell.spec.token, None, None, None, None, 0.0, 0.0)
+    with torch.no_grad():
+        for _ in range(3):
+            output, state_n = torch.ops.festina.recurrence(*options, x, states, cell.layer_parameters())
+            want = cell(x, tuple(s[0] for s in states) if len(states) > 1 else states[0][0])
+            new = want if isinstance(want, tuple) else (want,)
+            assert_same((output, *(s[0] for s in state_n)), (new[0], *new), 1e-6, 1e-6)
+            assert len({t.untyped_storage().data_ptr() for t in (output, *state_n)}) == 1 + len(states)
+            assert not any(t._is_view() for t in (output, *state_n))
+        with pytest.raises(MismatchError, match="weight_ih must be"):
+            torch.ops.festina.recurrence(*options, x[:, 1:], states, cell.layer_parameters())
+        with pytest.raises(MismatchError, match="h_0 must be"):
+            cell(x, tuple(states) if len(states) > 1 else states[0])

@@ -72,6 +72,7 @@ class Stepper(Backend, Protocol):
         state: Sequence[Tensor],
         rates: tuple[float, float],
         is_training: bool,
+        lead: tuple[int, ...] = (),
     ) -> Step | None:
         """The new states, or None, with nothing done, if this way does not serve the step.
 
@@ -80,6 +81,7 @@ class Stepper(Backend, Protocol):
             input, state: `[B, I]`; `[B, P]` and, if the cell has a c, `[B, H]`. They are as the user gave them, unchecked.
             rates: of Zoneout on h and on c, by the expectation.
             is_training: what `backward` needs is saved, as by `forward_train`.
+            lead: axes of the states before B, in and out: (1,) where they have that of the directions.
         """
 
 

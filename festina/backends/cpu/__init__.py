@@ -116,6 +116,7 @@ class Cpu:
         state: Sequence[Tensor],
         rates: tuple[float, float],
         is_training: bool,
+        lead: tuple[int, ...] = (),
     ) -> Step | None:
         found = self._panels.find(layer, parameters, marks_of(parameters))
         if (
@@ -125,12 +126,12 @@ class Cpu:
             or _is_any_autocast_enabled()
         ):
             return None
-        key = (input.shape, input.dtype, rates, torch.get_num_threads(), is_training)
+        key = (input.shape, lead, input.dtype, rates, torch.get_num_threads(), is_training)
         ready: Ready | None
         try:
             ready = found.ready[key].pop()
         except LookupError:
-            ready = self._prepare(layer, parameters, input, rates, found, is_training)
+            ready = self._prepare(layer, parameters, input, rates, lead, found, is_training)
         if ready is None or (outputs := ready.bind(input, state)) is None:
             return None
         saved = []
@@ -150,13 +151,14 @@ class Cpu:
         parameters: Sequence[Tensor],
         input: Tensor,
         rates: tuple[float, float],
+        lead: tuple[int, ...],
         panels: Panels,
         is_training: bool,
     ) -> Ready | None:
         """A step of these sizes; None for what is refused."""
         if self.can_run(Case(layer, input.dtype, input.device)) is not None:
             return None
-        return prepare(layer, parameters, input, rates, panels, is_training)
+        return prepare(layer, parameters, input, rates, lead, panels, is_training)
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         plan, outputs = plan_for(call, abi.TRAINING), new_outputs(call)

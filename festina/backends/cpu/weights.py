@@ -235,6 +235,7 @@ def prepare(
     parameters: Sequence[Tensor],
     input: Tensor,
     rates: tuple[float, float],
+    lead: tuple[int, ...],
     panels: Panels,
     is_training: bool,
 ) -> Ready | None:
@@ -256,7 +257,7 @@ def prepare(
     bind(plan, words, operands(call))
     args = core.call.from_buffer(words)
     args.panels, args.has_panels = panels.buffer.data_ptr(), 1
-    shapes = [torch.Size((B, P)), torch.Size((B, H))][: len(layer.cell.states)]
+    shapes = [torch.Size((*lead, B, P)), torch.Size((*lead, B, H))][: len(layer.cell.states)]
     is_whole = is_training or panels.reads_all
     run = partial(core.run_panels, ctypes.addressof(args), is_whole, panels.fingerprints[is_whole])
     return Ready(shapes, args, run, workspace, plan.saved_fixed + B * plan.saved_per_row)
