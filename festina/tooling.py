@@ -51,8 +51,8 @@ class Tooling:
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         warnings.warn(
-            f"{type(self).__name__} stays as it is: torch.ao.quantization has no counterpart for it; .to(torch.bfloat16) "
-            "halves its weights",
+            f"{type(self).__name__} stays as it is: torch.ao.quantization has no counterpart for it; "
+            "festina.freeze(model, weights='int8') makes one",
             stacklevel=3,
         )
         vars(self)["_qconfig"] = value
