@@ -309,7 +309,8 @@ def bench(tmp_path: Path, *args: str) -> tuple[int, list[dict]]:
 
 
 def test_bench_measures_every_pass_against_its_peers(tmp_path):
-    others = {"forward": {"loop"}, "forward+backward": {"loop"}, "ragged": {"full"}, "resets": {"plain"}, "step": set()}
+    others = {"forward": {"loop"}, "forward+backward": {"loop"}, "ragged": {"full"}, "resets": {"plain"}}
+    others |= {"step": set(), "stepping": set()}
     status, rows = bench(tmp_path, "--cells", "lstm", "gru", "--passes", *others, "--loop")
     assert status == 0
     assert [(row["case"].split("-")[0], row["pass"]) for row in rows] == list(

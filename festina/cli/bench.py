@@ -10,6 +10,8 @@ rounds: below 1, festina is faster. --out gets one JSON line per case and pass. 
   resets                      forward+backward with a reset about every 50 steps, against torch.nn's layer, and festina
                               without resets ("plain")
   step                        one step of a cell in inference, against torch.nn's cell
+  stepping                    forward+backward of a cell called step by step, and a write to its weights, as an optimizer's,
+                              against torch.nn's cell; --steps 8 is the usual case
 
   festina bench                                       a few cases, half a minute
   festina bench --grid haste --threads 2              haste's grid, 80 cases per cell and pass
@@ -271,13 +273,50 @@ def _resets(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[
     return {"festina": _training(layer, x, resets=resets), "torch.nn": _training(peer, x), "plain": _training(layer, x)}
 
 
-def _step(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
+def _cells(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> tuple[nn.Module, nn.Module, Any]:
+    """The layer's cell, torch.nn's, and a state."""
     cells = {nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell}
     peer_cell = cells[type(peer)](point.I, point.H, device=x.device, dtype=x.dtype)
     h = x.new_zeros(point.B, point.H)
-    state = (h, h.clone()) if isinstance(peer_cell, nn.LSTMCell) else h
-    cell = layer.cell()  # type: ignore[operator]
+    return layer.cell(), peer_cell, (h, h.clone()) if isinstance(peer_cell, nn.LSTMCell) else h  # type: ignore[operator]
+
+
+def _step(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
+    cell, peer_cell, state = _cells(point, layer, peer, x)
     return {"festina": partial(cell, x[0], state), "torch.nn": partial(peer_cell, x[0], state)}
+
+
+class Stepping(nn.Module):
+    """A cell called step by step."""
+
+    def __init__(self, cell: nn.Module, state: Any) -> None:
+        super().__init__()
+        self.cell, self.state = cell, state
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        state, outputs = self.state, []
+        for x_t in x:
+            state = self.cell(x_t, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs), state
+
+
+def _stepping(point: Point, layer: nn.Module, peer: nn.Module, x: Tensor) -> dict[str, Work]:
+    cell, peer_cell, state = _cells(point, layer, peer, x)
+
+    def round_of(cell: nn.Module) -> Work:
+        train = _training(Stepping(cell, state), x)
+
+        def work() -> Any:
+            found = train()
+            with torch.no_grad():
+                for parameter in cell.parameters():
+                    parameter.mul_(1)
+            return found
+
+        return work
+
+    return {"festina": round_of(cell), "torch.nn": round_of(peer_cell)}
 
 
 PASSES: dict[str, Callable[[Point, nn.Module, nn.Module, Tensor], dict[str, Work]]] = {
@@ -286,6 +325,7 @@ PASSES: dict[str, Callable[[Point, nn.Module, nn.Module, Tensor], dict[str, Work
     "ragged": _ragged,
     "resets": _resets,
     "step": _step,
+    "stepping": _stepping,
 }
 
 
