@@ -1,7 +1,7 @@
 // The cells. A cell takes its pre-activations `a`, normalised and shifted, and its inner state `s`: c (as its norm shows it) if
 // it has one, else the h of the step before. Gates before `emit_from` serve `update` alone. has_split_candidate: the last
-// gate takes its two products apart, in a[gates - 1] and a[gates]. has_gated_h: the last gate's recurrent product takes in the h
-// that `update` makes.
+// gate takes its two products apart, in a[gates - 1] and a[gates]. has_gated_h: the last gate's recurrent product takes in what
+// `update` makes of h.
 #pragma once
 #include "math.h"
 
