@@ -46,7 +46,16 @@ class Frozen(RecurrentBase):
         ValueError: `weights` does not fit the module, or no kernel serves it.
     """
 
-    _options: tuple[str, ...] = ("input_size", "hidden_size", "proj_size", "bias", "spec", "zoneout", "zoneout_cell")
+    _options: tuple[str, ...] = (
+        "input_size",
+        "hidden_size",
+        "proj_size",
+        "bias",
+        "cell_spec",
+        "spec",
+        "zoneout",
+        "zoneout_cell",
+    )
 
     def __init__(self, module: RecurrentBase, weights: str | None) -> None:
         nn.Module.__init__(self)

@@ -434,15 +434,15 @@ MUTANTS: list[Mutant] = [
     core(
         "gradients: each segment overwrites the one before",
         "core/gradients.h",
-        "{to.data, my.target_at, C}, !is_first || team > 0);",
-        "{to.data, my.target_at, C}, team > 0);",
+        "{to.data, my.target_at + first, C}, !is_first || team > 0);",
+        "{to.data, my.target_at + first, C}, team > 0);",
         KERNELS,
     ),
     core(
         "gradients: each team overwrites the one before",
         "core/gradients.h",
-        "{to.data, my.target_at, C}, !is_first || team > 0);",
-        "{to.data, my.target_at, C}, !is_first);",
+        "{to.data, my.target_at + first, C}, !is_first || team > 0);",
+        "{to.data, my.target_at + first, C}, !is_first);",
         KERNELS,
     ),
     core(

@@ -162,12 +162,14 @@ template <class W> void check_words(long rows, long chunks, long depth, bool is_
   for (long n = 0; n < chunks; ++n) fill_panel(s, w, false, n, (float*)(b + n * in_panel * C));
   multiply<float, 1, W>({a, left, across * C}, rows, {b + is_int8 * C, in_panel * C}, chunks, depth, {c, target, C}, is_added);
   for (long i = 0; i < rows * columns; ++i) {
-    double want = is_added ? before[i] : 0, most = 0;
+    double want = is_added ? before[i] : 0;
+    float most = 0;
     const float* row = weights + i % columns * depth;
-    for (long k = 0; k < depth; ++k) most = fmax(most, fabs(row[k]));
+    for (long k = 0; k < depth; ++k) most = fmaxf(most, fabsf(row[k]));
+    float unit = most / 127;  // in float: halves are rounded as it says
     for (long k = 0; k < depth; ++k) {
       double rounded = !is_int8   ? from_bfloat16(to_bfloat16(row[k]))
-                       : most > 0 ? nearbyint(row[k] / (most / 127)) * most / 127
+                       : unit > 0 ? (double)nearbyintf(row[k] / unit) * unit
                                   : 0;
       want += a[(k / C * across + i / columns) * C + k % C] * rounded;
     }
