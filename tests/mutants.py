@@ -701,8 +701,8 @@ MUTANTS: list[Mutant] = [
     python(
         "weights: a ready step forgets the rate of c",
         "backends/cpu/__init__.py",
-        "(input.shape, input.dtype, rates, torch",
-        "(input.shape, input.dtype, rates[:1], torch",
+        "(input.shape, lead, input.dtype, rates, torch",
+        "(input.shape, lead, input.dtype, rates[:1], torch",
         WEIGHTS,
     ),
     core(
@@ -757,17 +757,16 @@ MUTANTS: list[Mutant] = [
     python(
         "weights: long calls read a few values",
         "backends/cpu/weights.py",
-        'is_whole = self.reads_all or words[core.at["T"]] >= STEPS_WHOLE',
-        "is_whole = False",
+        'is_training or self.reads_all or words[at["T"]] >= STEPS_WHOLE',
+        "is_training",
         WEIGHTS,
     ),
     python(
         "weights: fingerprints are taken after the kernel has read",
         "backends/cpu/__init__.py",
-        "fingerprints = fingerprints_of(call, marks, words)\n            if status_of(plan, core.run, words):\n"
-        "                raise core.error()\n",
-        "if status_of(plan, core.run, words):\n                raise core.error()\n"
-        "            fingerprints = fingerprints_of(call, marks, words)\n",
+        "fingerprints_of(call, marks, words)\n        run_on(plan, words, panels)\n",
+        "()\n        run_on(plan, words, panels)\n"
+        "        fingerprints = fingerprints if fingerprints is None else fingerprints_of(call, marks, words)\n",
         WEIGHTS,
     ),
     python(
