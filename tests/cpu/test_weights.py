@@ -17,6 +17,7 @@ from on_core import needs_core
 
 import festina
 from festina import backends, dispatch, norms
+from festina.backends import cpu
 from festina.backends.cpu import CPU, abi, weights
 from festina.backends.cpu.weights import marks_of
 from festina.testing import Case
@@ -260,14 +261,14 @@ def test_a_layer_and_its_cells_keep_what_they_have_prepared(monkeypatch):
         monkeypatch.setattr(owner, name, lambda *args: made.append(name) or to(*args))
 
     counted(CPU._panels, "put")
-    counted(CPU, "_prepare")
+    counted(cpu, "prepare")
     with torch.no_grad():
         for _ in range(3):
             layer(torch.randn(2, 3, 5))
             for cell, B in itertools.product(cells, (2, 3)):
                 cell(torch.randn(B, 5), (torch.zeros(B, 7), torch.zeros(B, 7)))
     assert made.count("put") == 3
-    assert made.count("_prepare") == 4
+    assert made.count("prepare") == 4
 
 
 def test_steps_that_are_ready_hold_little_memory():

@@ -24,7 +24,6 @@ from festina.backends.cpu.plans import (
 )
 from festina.backends.cpu.weights import (
     PanelCache,
-    Panels,
     Ready,
     fingerprints_of,
     is_owned,
@@ -131,7 +130,9 @@ class Cpu:
         try:
             ready = found.ready[key].pop()
         except LookupError:
-            ready = self._prepare(layer, parameters, input, rates, lead, found, is_training)
+            if self.can_run(Case(layer, input.dtype, input.device)) is not None:
+                return None
+            ready = prepare(layer, parameters, input, rates, lead, found, is_training)
         if ready is None or (outputs := ready.bind(input, state)) is None:
             return None
         saved = []
@@ -144,21 +145,6 @@ class Cpu:
             return None
         put_back(found.ready, key, ready)
         return Step(outputs, saved)
-
-    def _prepare(
-        self,
-        layer: LayerSpec,
-        parameters: Sequence[Tensor],
-        input: Tensor,
-        rates: tuple[float, float],
-        lead: tuple[int, ...],
-        panels: Panels,
-        is_training: bool,
-    ) -> Ready | None:
-        """A step of these sizes; None for what is refused."""
-        if self.can_run(Case(layer, input.dtype, input.device)) is not None:
-            return None
-        return prepare(layer, parameters, input, rates, lead, panels, is_training)
 
     def forward_train(self, call: Call) -> tuple[Outputs, list[Tensor]]:
         plan, outputs = plan_for(call, abi.TRAINING), new_outputs(call)
