@@ -168,9 +168,7 @@ template <class W> void check_words(long rows, long chunks, long depth, bool is_
     for (long k = 0; k < depth; ++k) most = fmaxf(most, fabsf(row[k]));
     float unit = most / 127;  // in float: halves are rounded as it says
     for (long k = 0; k < depth; ++k) {
-      double rounded = !is_int8   ? from_bfloat16(to_bfloat16(row[k]))
-                       : unit > 0 ? (double)nearbyintf(row[k] / unit) * unit
-                                  : 0;
+      double rounded = !is_int8 ? from_bfloat16(to_bfloat16(row[k])) : unit > 0 ? (double)nearbyintf(row[k] / unit) * unit : 0;
       want += a[(k / C * across + i / columns) * C + k % C] * rounded;
     }
     if (!(fabs(c[i] - want) <= 1e-6 * (depth + 2))) {
