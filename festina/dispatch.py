@@ -79,6 +79,7 @@ def step(
     given = (input, *state)
     if ops.is_watched(given) or ops.is_lazy(given):
         return None
+    # Grad mode first: without it nothing is put together to be asked.
     is_recorded = torch.is_grad_enabled() and autograd.is_recorded((*given, *parameters))
     for backend in backends.steppers(backends.forced()):
         found = backend.step(

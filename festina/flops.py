@@ -42,23 +42,10 @@ def register() -> None:
             mode.counter.flop_registry = {**formulas, **mode.counter.flop_registry}
 
 
-_Operands = tuple[LayerSpec, Tensor, Sequence[Tensor], Sequence[Tensor], int]
-
-
-def _operands(
-    backend: str,
-    layer: str,
-    batch_sizes: Tensor | None,
-    resets: Tensor | None,
-    zoneout_mask: Tensor | None,
-    zoneout_cell_mask: Tensor | None,
-    zoneout: float,
-    zoneout_cell: float,
-    input: Tensor,
-    state: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-) -> _Operands:
-    """What the count depends on, of an operator's arguments: layer, input, state, parameters, and the rows of a first step."""
+def _operands(*args: Any) -> tuple[LayerSpec, Tensor, Sequence[Tensor], Sequence[Tensor], int]:
+    """What the count depends on, of an operator's arguments (`ops.parse` names them): layer, input, state, parameters, and
+    the rows of a first step."""
+    _backend, layer, batch_sizes, *_, input, state, parameters = args
     first = state[0].shape[1] if batch_sizes is None else int(batch_sizes[:1].sum())
     return LayerSpec.parse(layer), input, state, parameters, min(first, input.shape[0])
 

@@ -56,27 +56,14 @@ RARE_PLANS = [
             eps=LOUD_EPS,
             inner_bias=inner_bias,
             inner_bias_hh=not inner_bias,
-            reset="product",
+            reset=reset,
         )
-        for placement, groups, kind, inner_bias in product(
-            ("separate", "joint"), ("gate", "gates|candidate"), get_args(Kind), (False, True)
-        )
-    ),
-    *(
-        NormPlan(
-            placement,
-            groups,
-            kind=kind,
-            eps=LOUD_EPS,
-            inner_bias=inner_bias,
-            inner_bias_hh=not inner_bias,
-            reset="state",
-        )
-        for placement, groups, kind, inner_bias in (
-            ("separate", "gate", "layer", False),
-            ("separate", "gates|candidate", "rms", True),
-            ("joint", "gate", "rms", False),
-            ("joint", "gates|candidate", "layer", True),
+        for reset, placement, groups, kind, inner_bias in (
+            *product(("product",), ("separate", "joint"), ("gate", "gates|candidate"), get_args(Kind), (False, True)),
+            ("state", "separate", "gate", "layer", False),
+            ("state", "separate", "gates|candidate", "rms", True),
+            ("state", "joint", "gate", "rms", False),
+            ("state", "joint", "gates|candidate", "layer", True),
         )
     ),
 ]

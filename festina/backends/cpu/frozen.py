@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from festina.backends.cpu import abi
 from festina.backends.cpu.memory import POOL
-from festina.backends.cpu.plans import Plan, bind, carry_out, fresh, make_plan, operands, run_on
+from festina.backends.cpu.plans import Plan, bind, carry_out, fresh, operands, plan_for, run_on, widths
 from festina.backends.cpu.weights import Ready, put_back
 from festina.call import Call, Outputs
 from festina.spec import LayerSpec
@@ -34,15 +33,14 @@ class FrozenPanels:
     """
 
     def __init__(self, layer: LayerSpec, parameters: Sequence[Tensor], panel_type: str) -> None:
-        self.layer, self.panel_type, self.dtype = layer, panel_type, parameters[0].dtype
-        self.weight_ih = parameters[0].shape
-        self.H = self.weight_ih[0] // len(layer.cell.gates)
-        self.P = parameters[layer.parameter_names.index("weight_hr")].shape[0] if layer.projected else self.H
+        self.layer, self.panel_type = layer, panel_type
+        self.weight_ih = torch.empty_like(parameters[0], device="meta")  # for its shape and dtype
+        H, self.P = widths(layer, parameters)
         self._ready: dict[tuple[object, ...], list[Ready]] = {}
         nothing = parameters[0].new_empty
-        D, I = layer.directions, self.weight_ih[1]
+        D, I = layer.directions, self.weight_ih.shape[1]
         call = Call(layer=layer, input=nothing(0, I), h_0=nothing(D, 0, self.P), parameters=tuple(parameters))
-        call.c_0 = nothing(D, 0, self.H) if "c" in layer.cell.states else None
+        call.c_0 = nothing(D, 0, H) if "c" in layer.cell.states else None
         plan, core = self._plan(call), abi.core()
         self.buffer = POOL.tensor(plan.panels)
         words, _workspace = fresh(plan)
@@ -52,20 +50,7 @@ class FrozenPanels:
             raise core.error()
 
     def _plan(self, call: Call) -> Plan:
-        return make_plan(
-            self.layer.token,
-            abi.INFERENCE,
-            self.dtype,
-            call.input.shape,
-            call.h_0.shape,
-            self.weight_ih,
-            None if call.batch_sizes is None else call.batch_sizes.shape[0],
-            (False, False),
-            (call.zoneout, call.zoneout_cell),
-            torch.get_num_threads(),
-            (),
-            self.panel_type,
-        )
+        return plan_for(call, abi.INFERENCE, panel_type=self.panel_type)
 
     def _operands(self, call: Call) -> tuple[Tensor | None, ...]:
         """As `plans.operands`; which parameters there are counts, and nothing else of them."""
@@ -79,7 +64,7 @@ class FrozenPanels:
         )
 
     def forward(self, call: Call, outputs: Outputs) -> None:
-        """Carry out a call without masks, whose parameters are not looked at."""
+        """Carry out a call without masks, of whose parameters the shapes alone count."""
         plan = self._plan(call)
         run = partial(run_on, plan, panels=self.buffer, has_panels=True)
         carry_out(plan, (*self._operands(call), *outputs), run)
@@ -91,13 +76,13 @@ class FrozenPanels:
             input, state: `[B, I]`; `[B, P]` and, if the cell has a c, `[B, H]`. Nothing need be checked before.
             rates: of Zoneout on h and on c, by the expectation.
         """
-        if not (input.is_cpu and input.is_contiguous()) or input.dtype != self.dtype:
+        if not (input.is_cpu and input.is_contiguous()) or input.dtype != self.weight_ih.dtype:
             return None
         key = (input.shape, rates, torch.get_num_threads())
         try:
             ready = self._ready[key].pop()
         except LookupError:
-            if input.dim() != 2 or input.shape[1] != self.weight_ih[1] or not input.shape[0]:
+            if input.dim() != 2 or input.shape[1] != self.weight_ih.shape[1] or not input.shape[0]:
                 return None
             ready = self._prepare(input, rates)
         if (outputs := ready.bind(input, state)) is None:
@@ -109,12 +94,8 @@ class FrozenPanels:
 
     def _prepare(self, input: Tensor, rates: tuple[float, float]) -> Ready:
         B = input.shape[0]
-        call = Call(layer=self.layer, input=input, h_0=input.new_empty(1, B, self.P), parameters=())
+        h_0 = input.new_empty(1, B, self.P)
+        call = Call(layer=self.layer, input=input, h_0=h_0, parameters=(self.weight_ih,))
         call.zoneout, call.zoneout_cell = rates
-        plan, core = self._plan(call), abi.core()
-        words, workspace = fresh(plan)
-        bind(plan, words, self._operands(call))
-        args = core.call.from_buffer(words)
-        args.panels, args.has_panels = self.buffer.data_ptr(), 1
-        shapes = [torch.Size((B, self.P)), torch.Size((B, self.H))][: len(self.layer.cell.states)]
-        return Ready(shapes, args, partial(core.run, ctypes.addressof(args)), workspace)
+        states, run = len(self.layer.cell.states), abi.core().run
+        return Ready.on(self.buffer, self._plan(call), self._operands(call), states, (), run)

@@ -196,8 +196,8 @@ def make_plan(
     )
 
 
-def plan_for(call: Call, which: str, wanted: tuple[bool, ...] = ()) -> Plan:
-    """The plan of one pass of a call."""
+def plan_for(call: Call, which: str, wanted: tuple[bool, ...] = (), panel_type: str = abi.WHOLE) -> Plan:
+    """The plan of one pass of a call. Of its parameters, the shape of the first counts."""
     batch = call.batch_sizes
     return make_plan(
         call.layer.token,
@@ -211,15 +211,21 @@ def plan_for(call: Call, which: str, wanted: tuple[bool, ...] = ()) -> Plan:
         (call.zoneout, call.zoneout_cell),
         torch.get_num_threads(),
         wanted,
+        panel_type,
     )
+
+
+def widths(layer: LayerSpec, parameters: Sequence[Tensor]) -> tuple[int, int]:
+    """H and P, from the shapes of a layer's parameters."""
+    H = int(parameters[0].shape[0]) // len(layer.cell.gates)
+    return H, int(parameters[layer.parameter_names.index("weight_hr")].shape[0]) if layer.projected else H
 
 
 def saved_bytes(call: Call) -> int:
     """Bytes that training leaves for backward. N, T and B may be symbolic: only the parameters' sizes count besides N."""
     layer, weight = call.layer, call.parameters[0]
     rows, I = map(int, weight.shape)
-    of_h = layer.parameter_names.index("weight_hr") if layer.projected else None
-    P = rows // len(layer.cell.gates) if of_h is None else int(call.parameters[of_h].shape[0])
+    _, P = widths(layer, call.parameters)
     plan = make_plan(
         layer.token,
         abi.TRAINING,

@@ -19,7 +19,7 @@ from torch.nn import Module, Parameter
 
 from festina.backends.cpu import abi
 from festina.backends.cpu.memory import POOL
-from festina.backends.cpu.plans import Plan, bind, fresh, operands, plan_for, run_on, status_of
+from festina.backends.cpu.plans import Plan, bind, fresh, operands, plan_for, run_on, status_of, widths
 from festina.call import Call
 from festina.spec import LayerSpec
 
@@ -42,7 +42,32 @@ class Ready(NamedTuple):
     args: Any
     run: Callable[[], int]
     workspace: Tensor
-    saved: int = 0  # bytes that training keeps
+    saved: int  # bytes that training keeps
+
+    @classmethod
+    def on(
+        cls,
+        panels: Tensor,
+        plan: Plan,
+        call: Sequence[Tensor | None],
+        states: int,
+        lead: tuple[int, ...],
+        function: Callable[..., int],
+        *rest: Any,
+    ) -> Ready:
+        """A step on filled panels; `function(address of the call, *rest)` runs it.
+
+        Args:
+            plan, call: its plan, and its `operands`, of which those of the step itself do not matter.
+            states, lead: how many states the cell has, and their axes before B.
+        """
+        words, workspace = fresh(plan)
+        bind(plan, words, call)
+        args = abi.core().call.from_buffer(words)
+        args.panels, args.has_panels = panels.data_ptr(), 1
+        shapes = [torch.Size((*lead, args.B, width)) for width in (args.P, args.H)[:states]]
+        saved = plan.saved_fixed + args.N * plan.saved_per_row
+        return cls(shapes, args, partial(function, ctypes.addressof(args), *rest), workspace, saved)
 
     def bind(self, input: Tensor, state: Sequence[Tensor]) -> list[Tensor] | None:
         """Tensors for the new state, of a step on these. None if the state does not fit the input."""
@@ -246,18 +271,12 @@ def prepare(
     weight = parameters[0]
     if not (B > 0 and weight.shape[1] == I and all(p.dtype == input.dtype and p.is_cpu for p in parameters)):
         return None
-    H = weight.shape[0] // len(layer.cell.gates)
-    P = parameters[layer.parameter_names.index("weight_hr")].shape[0] if layer.projected else H
+    _, P = widths(layer, parameters)
     call = Call(layer=layer, input=input, h_0=input.new_empty(1, B, P), parameters=tuple(parameters))
     call.zoneout, call.zoneout_cell = rates
-    plan, core = plan_for(call, abi.TRAINING if is_training else abi.INFERENCE), abi.core()
+    plan = plan_for(call, abi.TRAINING if is_training else abi.INFERENCE)
     if not plan.keeps_panels:
         return None
-    words, workspace = fresh(plan)
-    bind(plan, words, operands(call))
-    args = core.call.from_buffer(words)
-    args.panels, args.has_panels = panels.buffer.data_ptr(), 1
-    shapes = [torch.Size((*lead, B, P)), torch.Size((*lead, B, H))][: len(layer.cell.states)]
     is_whole = is_training or panels.reads_all
-    run = partial(core.run_panels, ctypes.addressof(args), is_whole, panels.fingerprints[is_whole])
-    return Ready(shapes, args, run, workspace, plan.saved_fixed + B * plan.saved_per_row)
+    check = abi.core().run_panels, is_whole, panels.fingerprints[is_whole]
+    return Ready.on(panels.buffer, plan, operands(call), len(layer.cell.states), lead, *check)
